@@ -1,0 +1,112 @@
+"""
+A run on disk: ckpt.pt, one torch.save of a dict that any reader of the nanoGPT format can read.
+
+    model           state dict of the bare GPT; old files may have '_orig_mod.' before every key
+    optimizer       state dict of AdamW
+    model_args      the seven classic fields of GPTConfig
+    iter_num        updates made so far
+    best_val_loss   the lowest so far; a 0-d tensor in old files
+    config          all settings of the run
+    gelu            ours: the form of GELU; old files, and those without it, mean 'exact'
+    tokenizer       ours: what bins.tokenizer_record keeps of the dataset's tokenizer
+    scaler          ours: state dict of the GradScaler, of float16 runs
+
+In memory `model_args` is whatever GPTConfig takes, so gelu is among them there.
+"""
+import re
+
+import torch
+
+from bins import whole_file
+
+MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+
+
+def plain(value):
+    """ The same with numpy scalars as Python numbers: a safe load refuses them. Tensors stay. """
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(v) for v in value)
+    return value if isinstance(value, torch.Tensor) or not hasattr(value, 'item') else value.item()
+
+
+def save_checkpoint(path, model, optimizer, **fields):
+    """
+    Writes the run to `path`, whole or not at all. `model` is the bare GPT (torch.compile and DDP each
+    put a prefix on the keys); `fields` are the rest of the dict above.
+    """
+    state = model.state_dict()
+    assert 'lm_head.weight' in state, 'save the bare model, not a wrapper'
+    checkpoint = {
+        'model': state,
+        'optimizer': optimizer.state_dict(),
+        'model_args': {name: getattr(model.config, name) for name in MODEL_ARGS},
+        'gelu': model.config.gelu,
+        **fields,
+    }
+    with whole_file(path) as temporary:
+        torch.save(plain(checkpoint), temporary)
+
+
+def load_checkpoint(path, required=('model', 'model_args')):
+    """
+    Reads `path` as data, on the CPU; nothing in it is run. Old forms come back in the current one.
+    Raises FileNotFoundError, or ValueError that says what is wrong with the file.
+    """
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no checkpoint {path}; train one, or give its folder as --out_dir') from None
+    except Exception as error:  # a broken file fails in any way
+        code = re.search(r'GLOBAL (\S+)', str(error))
+        raise ValueError(f'{path} is refused: it carries code ({code[1]}), which was not run' if code else
+                         f'{path} is not a whole checkpoint: {error!r:.200}') from None
+
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint')
+    if missing := [key for key in required if key not in checkpoint]:
+        raise ValueError(f'{path} lacks {", ".join(missing)}')
+    args = checkpoint['model_args'] = dict(checkpoint['model_args'])
+    if missing := [key for key in MODEL_ARGS[:6] if key not in args]:
+        raise ValueError(f'{path}: its model_args lack {", ".join(missing)}')
+    if unknown := sorted(set(args) - set(MODEL_ARGS)):
+        raise ValueError(f'{path}: this model does not know the model_args {", ".join(unknown)}')
+    args['gelu'] = checkpoint.get('gelu', 'exact')
+    checkpoint['model'] = {
+        key.removeprefix('_orig_mod.'): value for key, value in checkpoint['model'].items()
+        if not key.endswith('.attn.bias')  # the causal mask, a buffer in files from before torch 2
+    }
+    checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
+    return checkpoint
+
+
+def load_weights(model, checkpoint, path):
+    """ Puts the checkpoint's weights into `model`. Raises ValueError that names what does not fit. """
+    theirs, ours = checkpoint['model'], model.state_dict()
+    wrong = ([f'{key} is missing' for key in ours if key not in theirs]
+             + [f'{key} is not in this model' for key in theirs if key not in ours]
+             + [f'{key} is {tuple(theirs[key].shape)}, not {tuple(ours[key].shape)}'
+                for key in ours if key in theirs and theirs[key].shape != ours[key].shape])
+    if wrong:
+        raise ValueError(f'{path} does not hold the model of its model_args: {wrong[0]}'
+                         + (f', and {len(wrong) - 1} more' if wrong[1:] else ''))
+    model.load_state_dict(theirs)
+
+
+def load_optimizer(optimizer, state, path):
+    """
+    Puts the moments and step counts of `state` into a fresh optimizer that keeps its own settings.
+    Moments of positions that crop_block_size forgot are cut off. Raises ValueError where it is another
+    model's.
+    """
+    fresh = optimizer.state_dict()['param_groups']
+    if [len(g['params']) for g in fresh] != [len(g['params']) for g in state['param_groups']]:
+        raise ValueError(f'{path}: its optimizer is of a model with other parameters')
+    groups = [{**ours, 'params': theirs['params']} for ours, theirs in zip(fresh, state['param_groups'])]
+    moments = dict(state['state'])
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    for i, p in zip([i for group in groups for i in group['params']], params):
+        moments[i] = {key: value[:len(p)].clone() if value.dim() and len(value) > len(p) else value
+                      for key, value in moments.get(i, {}).items()}
+    optimizer.load_state_dict({'state': moments, 'param_groups': groups})

@@ -1,0 +1,96 @@
+"""
+What the tests share: the scripts, run as a user would from another folder, and small datasets.
+
+A dataset may be named by an absolute path (data/ joined with it is that path), so the tests write
+nothing into the repository.
+"""
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+from model import GPT, GPTConfig  # noqa: E402
+
+CLASSIC_MODEL_ARGS = ['bias', 'block_size', 'dropout', 'n_embd', 'n_head', 'n_layer', 'vocab_size']
+
+# a model and a run so small that a step takes a millisecond or two
+SMALL = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=1,
+             eval_iters=2, eval_interval=10, max_iters=20, lr_decay_iters=20, warmup_iters=2,
+             learning_rate=1e-2, min_lr=1e-3, device='cpu', compile=False, dtype='float32')
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """ A character dataset of words, with a structure that a model can learn -> the path of its folder. """
+    folder = tmp_path_factory.mktemp('data') / 'words'
+    folder.mkdir()
+    words = np.array(['the ', 'cat ', 'sat ', 'on ', 'a ', 'mat.\n'])
+    text = ''.join(words[np.random.default_rng(0).integers(len(words), size=2000)])
+    chars = sorted(set(text))
+    stoi = {c: i for i, c in enumerate(chars)}
+    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
+    ids[:6000].tofile(folder / 'train.bin')
+    ids[6000:].tofile(folder / 'val.bin')
+    meta = {'vocab_size': len(chars), 'stoi': stoi, 'itos': dict(enumerate(chars))}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def flags(settings):
+    return [f'--{key}={value}' for key, value in settings.items()]
+
+
+def run(script, *args, cwd, processes=None, code=0, **settings):
+    """ Runs a script in `cwd`, with `processes` under torchrun -> its standard output and error. """
+    command = [sys.executable, str(ROOT / script), *args, *flags(settings)]
+    if processes:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                   f'--nproc_per_node={processes}', *command[1:]]
+    environment = {**os.environ, 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, f'{" ".join(command)}\n{done.stdout}\n{done.stderr}'
+    return done.stdout, done.stderr
+
+
+def train(cwd, dataset, **settings):
+    """ A small training run in `cwd` -> {iteration: loss}, {iteration: (train, val loss)}, its output. """
+    processes = settings.pop('processes', None)
+    out, _ = run('train.py', cwd=cwd, processes=processes, **{**SMALL, 'dataset': dataset, **settings})
+    iters, steps = {}, {}
+    for line in out.splitlines():
+        word, _, rest = line.partition(' ')
+        if word == 'iter':
+            number, rest = rest.split(': loss ')
+            iters[int(number)] = float(rest.split(',')[0])
+        elif word == 'step':
+            number, rest = rest.split(': train loss ')
+            steps[int(number)] = tuple(float(part) for part in rest.split(', val loss '))
+    return iters, steps, out
+
+
+@pytest.fixture
+def script_globals(monkeypatch, tmp_path, dataset):
+    """ script_globals('train.py', ...) runs a script in this process -> its variables and functions. """
+    def execute(name, **settings):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', [name, *flags(settings)])
+        names = {'__name__': '__main__', '__file__': str(ROOT / name)}
+        exec(compile((ROOT / name).read_text(), name, 'exec'), names)
+        return names
+    return execute
+
+
+@pytest.fixture
+def tiny():
+    """ A GPT of the default architecture, small, the same every time. """
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False))

@@ -1,0 +1,197 @@
+""" What is on disk: whole or absent, data and not programs, old forms understood. """
+import pickle
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSIC_MODEL_ARGS
+
+import bins
+from checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from model import GPT, GPTConfig
+
+
+class Bomb:
+    """ Unpickled by anything that runs code, it leaves a file. """
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+@pytest.fixture
+def saved(tmp_path, tiny):
+    """ A checkpoint of the tiny model after one step -> its path, the model, the optimizer. """
+    optimizer = tiny.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    tiny(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    path = tmp_path / 'ckpt.pt'
+    save_checkpoint(path, tiny, optimizer, iter_num=1, best_val_loss=2.5, config={'lr': np.float64(0.1)})
+    return path, tiny, optimizer
+
+
+# -----------------------------------------------------------------------------
+# whole files
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('old')
+    with pytest.raises(KeyboardInterrupt):
+        with bins.whole_file(path) as temporary:
+            temporary.write_text('half of the n')
+            assert path.read_text() == 'old'
+            raise KeyboardInterrupt
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    with bins.whole_file(path) as temporary:
+        temporary.write_text('new')
+    assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+
+
+def test_download(tmp_path, monkeypatch):
+    source = tmp_path / 'source.txt'
+    source.write_text('To be, or not to be')
+    digest = '1e40efb84050f92618e2c430742f44254771cf7465e7cd3f3aecf2fb8e7ed3d2'
+    path = tmp_path / 'input.txt'
+    with pytest.raises(OSError, match=r'not the text that was expected.*input\.txt.*python_char'):
+        bins.download(source.as_uri(), path, digest)
+    with pytest.raises(OSError, match=r'Save that text as .*input\.txt.*python_char'):
+        bins.download((tmp_path / 'missing').as_uri(), path, digest)
+    assert not path.exists()
+    bins.download(source.as_uri(), path, bins.sha256(source.read_bytes()).hexdigest())
+    assert path.read_text() == source.read_text()
+    monkeypatch.setattr(urllib.request, 'urlopen', None)  # a file that is there is used as it is
+    bins.download('http://nowhere', path, digest)
+
+
+# -----------------------------------------------------------------------------
+# bins and meta.pkl
+
+def test_characters_there_and_back(tmp_path, monkeypatch, capsys):
+    text = 'zyx\u00e9\U0001f600 hello\n' * 10
+    bins.write_chars(tmp_path, text)
+    monkeypatch.setattr(bins, 'DATA', tmp_path.parent)
+    meta = pickle.loads((tmp_path / 'meta.pkl').read_bytes())
+    assert set(meta) == {'vocab_size', 'stoi', 'itos'}
+    assert [meta['itos'][i] for i in range(meta['vocab_size'])] == sorted(set(text))
+    ids = [np.fromfile(tmp_path / name, dtype='<u2') for name in ('train.bin', 'val.bin')]
+    assert len(ids[0]) == int(0.9 * len(text))
+    encode, decode, size = bins.get_tokenizer(bins.tokenizer_record(bins.load_meta(tmp_path.name)))
+    assert decode([int(i) for part in ids for i in part]) == text
+    assert encode(text) == [int(i) for part in ids for i in part] and size == meta['vocab_size']
+    assert f'val.bin: {len(ids[1])} tokens' in capsys.readouterr().out
+
+
+def test_an_unknown_character_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'!'"):
+        bins.write_chars(tmp_path, 'abcabcabcabc!', 'abc')
+    assert not list(tmp_path.iterdir())
+    encode, _, _ = bins.get_tokenizer({'kind': 'char', 'itos': ['a', 'b']})
+    with pytest.raises(ValueError, match="'c\u00e9' is not in"):
+        encode('abc\u00e9')
+
+
+def test_ids_that_do_not_fit_are_refused(tmp_path):
+    for ids in ([70000], [-1]):
+        with pytest.raises(ValueError, match='uint16'):
+            bins.write_bin(tmp_path / 'a.bin', np.array(ids))
+    bins.write_bin(tmp_path / 'a.bin', np.array([0, 65535, 256]))
+    assert (tmp_path / 'a.bin').read_bytes() == b'\x00\x00\xff\xff\x00\x01'
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'is not there; run: python'), (b'abc', '3 bytes'), (b'ab' * 8, '16 bytes'),
+    (np.full(50, 77, np.uint16).tobytes(), 'token 77')])
+def test_a_bin_is_checked_before_it_is_used(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / 'train.bin').write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        bins.open_bin(tmp_path, 'train', block_size=8, vocab_size=65)
+
+
+def test_windows_against_a_loop(tmp_path):
+    ids = np.arange(100, dtype=np.uint16)
+    starts = np.array([3, 91, 0])
+    expected = np.array([[s + i for i in range(9)] for s in starts])
+    assert (bins.windows(ids, starts, 8) == expected).all() and bins.windows(ids, starts, 8).dtype == np.int64
+
+
+def test_meta_that_carries_code_or_is_broken_is_refused(tmp_path):
+    path = tmp_path / 'meta.pkl'
+    for content, message in [
+            (pickle.dumps({'vocab_size': 3, 'itos': Bomb(tmp_path / 'boom')}), 'carries code'),
+            (pickle.dumps({'vocab_size': np.int64(3)}), 'carries code'),
+            (pickle.dumps({'vocab_size': 3})[:-4], 'not a vocabulary'), (b'', 'not a vocabulary'),
+            (pickle.dumps(['a']), 'not a vocabulary'),
+            (pickle.dumps({'vocab_size': 'x'}), 'not a vocabulary')]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            bins.load_meta(tmp_path)
+    assert not (tmp_path / 'boom').exists()
+    assert bins.load_meta(tmp_path / 'elsewhere') is None
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+def test_a_checkpoint_there_and_back(saved):
+    path, model, optimizer = saved
+    raw = torch.load(path, weights_only=True)
+    assert sorted(raw['model_args']) == CLASSIC_MODEL_ARGS
+    assert type(raw['config']['lr']) is float
+    checkpoint = load_checkpoint(path)
+    twin = GPT(GPTConfig(**checkpoint['model_args']))
+    load_weights(twin, checkpoint, path)
+    for a, b in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(a, b)
+    fresh = twin.configure_optimizers(0.5, 1e-2, (0.8, 0.9), 'cpu')
+    load_optimizer(fresh, checkpoint['optimizer'], path)
+    assert fresh.param_groups[0]['betas'] == (0.8, 0.9) and fresh.param_groups[0]['weight_decay'] == 0.5
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(optimizer.state[p]['exp_avg_sq'], fresh.state[q]['exp_avg_sq'])
+
+
+def test_a_wrapper_is_not_saved(saved, tmp_path):
+    _, model, optimizer = saved
+    with pytest.raises(AssertionError, match='bare model'):
+        save_checkpoint(tmp_path / 'x.pt', torch.nn.Sequential(model), optimizer)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_unrun(tmp_path, saved):
+    torch.save({'model': Bomb(tmp_path / 'boom')}, tmp_path / 'bad.pt')
+    with pytest.raises(ValueError, match='carries code'):
+        load_checkpoint(tmp_path / 'bad.pt')
+    assert not (tmp_path / 'boom').exists()
+
+
+def test_broken_checkpoints_are_named(tmp_path, saved):
+    path, model, _ = saved
+    good = torch.load(path, weights_only=True)
+    bad = tmp_path / 'bad.pt'
+
+    def check(message, content=None):
+        if content is not None:
+            torch.save(content, bad)
+        with pytest.raises((ValueError, OSError), match=message) as caught:
+            load_checkpoint(bad)
+        assert '\n' not in str(caught.value)
+
+    check('no checkpoint .*bad.pt')
+    check('holds a list', [1, 2])
+    check('lacks model_args', {'model': {}})
+    args = good['model_args']
+    check('model_args lack n_head', {**good, 'model_args': {k: v for k, v in args.items() if k != 'n_head'}})
+    check('does not know the model_args rotary', {**good, 'model_args': {**args, 'rotary': True}})
+    whole = path.read_bytes()
+    for content in (whole[:-3000], whole[:200], b'', b'not a checkpoint', b'PK\x03\x04'):
+        bad.write_bytes(content)
+        check('is not a whole checkpoint')
+
+    for change, message in [
+            ({'lm_head.weight': None}, 'lm_head.weight is missing'),
+            ({'extra': torch.ones(1)}, 'extra is not in this model'),
+            ({'lm_head.weight': torch.ones(3, 3)}, r'lm_head.weight is \(3, 3\), not \(40, 16\)')]:
+        state = {key: value for key, value in {**good['model'], **change}.items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, {'model': state}, bad)
