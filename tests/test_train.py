@@ -1,0 +1,247 @@
+""" Training: the schedule, the gradients, resuming, many processes. Real runs of the real script. """
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSIC_MODEL_ARGS, SMALL, run, train
+
+
+def weights(out_dir, name='ckpt.pt'):
+    return torch.load(out_dir / name, weights_only=True)['model']
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
+
+
+# -----------------------------------------------------------------------------
+# the schedule, the batches
+
+@pytest.fixture
+def trainer(script_globals, dataset):
+    """ trainer(...) runs train.py, by default without an update -> its variables and functions. """
+    return lambda **settings: script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 0,
+                                                            **settings})
+
+
+def test_learning_rate_at_its_corners(trainer):
+    names = trainer()
+    get_lr = names['get_lr']
+
+    def rates(its, **settings):
+        names.update({**dict(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=12,
+                             decay_lr=True), **settings})
+        return [get_lr(it) for it in its]
+
+    middle = 0.1 + 0.9 * (1 + math.cos(math.pi * 1 / 8)) / 2
+    assert rates([0, 1, 3, 4, 5, 8]) == pytest.approx([0.2, 0.4, 0.8, 1.0, middle, 0.55])
+    assert rates([12, 13, 10**6]) == [0.1, 0.1, 0.1]
+    assert rates([0, 6, 12], warmup_iters=0) == pytest.approx([1.0, 0.55, 0.1])
+    assert rates([3, 4, 5], lr_decay_iters=4) == pytest.approx([0.8, 0.1, 0.1])
+    assert rates([0, 5, 99], decay_lr=False) == [1.0, 1.0, 1.0]
+
+
+def test_a_batch_is_a_function_of_seed_iteration_and_index(trainer):
+    names = trainer()
+    get_batch = names['get_batch']
+    x, y = get_batch('train', 3, 7)
+    assert x.shape == y.shape == (4, 16) and x.dtype == torch.int64
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    before = torch.get_rng_state()
+    assert torch.equal(get_batch('train', 3, 7)[0], x)
+    assert torch.equal(torch.get_rng_state(), before)  # dropout's generator is left alone
+    for other in (('train', 2, 7), ('train', 3, 8), ('train', 3), ('val', 3, 7)):
+        assert not torch.equal(get_batch(*other)[0], x)
+    names['seed'] = 1
+    assert not torch.equal(get_batch('train', 3, 7)[0], x)
+
+
+def test_whole_validation_split_against_a_plain_loop(trainer, dataset):
+    names = trainer(eval_iters=-1, batch_size=7)
+    model = names['raw_model'].eval()
+    for split, mean in names['estimate_loss']().items():
+        ids = torch.from_numpy(np.fromfile(dataset / f'{split}.bin', dtype=np.uint16).astype(np.int64))
+        whole = (len(np.fromfile(dataset / 'val.bin', dtype=np.uint16)) - 1) // 16
+        assert whole % 7  # the last batch is not full
+        with torch.no_grad():
+            losses = [model(ids[None, i:i + 16], ids[None, i + 1:i + 17])[1].item()
+                      for i in range(0, 16 * whole, 16)]
+        assert mean == pytest.approx(sum(losses) / whole, abs=1e-5)
+
+
+def test_evaluation_reads_the_same_windows_every_time(trainer):
+    names = trainer()
+    assert names['estimate_loss']() == names['estimate_loss']()
+
+
+# -----------------------------------------------------------------------------
+# what a run does
+
+def test_a_run_learns_updates_max_iters_times_and_ends_with_an_evaluation_and_a_save(tmp_path, dataset):
+    iters, steps, out = train(tmp_path, dataset, max_iters=25)
+    assert list(iters) == list(range(25)) and list(steps) == [0, 10, 20, 25]
+    assert steps[25][1] < steps[0][1] - 0.5
+    checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    assert checkpoint['iter_num'] == 25
+    assert {int(s['step']) for s in checkpoint['optimizer']['state'].values()} == {25}
+    assert checkpoint['best_val_loss'] == pytest.approx(min(val for _, val in steps.values()), abs=1e-4)
+    assert sorted(checkpoint['model_args']) == CLASSIC_MODEL_ARGS
+    assert checkpoint['config']['device'] == 'cpu' and checkpoint['config']['backend'] == 'gloo'  # resolved
+    assert 'tokens per iteration will be: 64\n' in out and 'saving checkpoint to out\n' in out
+    assert 'mfu -100.00%, ' in out.split('iter 4:')[1].split('\n')[0]
+    assert 'mfu -100.00%, ' not in out.split('iter 5:')[1].split('\n')[0]
+
+
+def test_only_the_best_is_kept_without_always_save_checkpoint(tmp_path, dataset):
+    _, steps, out = train(tmp_path, dataset, always_save_checkpoint=False, max_iters=40, eval_interval=5,
+                          decay_lr=False, learning_rate=0.3)  # so high that the loss goes up again
+    best = min(val for _, val in steps.values())
+    checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    assert steps[checkpoint['iter_num']][1] == best < steps[40][1]
+    _, again, _ = train(tmp_path, dataset, init_from='resume', eval_only=True, max_iters=40)
+    assert again[checkpoint['iter_num']] == steps[checkpoint['iter_num']]
+
+
+def test_eval_only_writes_nothing(tmp_path, dataset):
+    iters, steps, _ = train(tmp_path, dataset, eval_only=True)
+    assert not iters and list(steps) == [0]
+    assert not list(tmp_path.iterdir())
+    train(tmp_path, dataset, max_iters=7, dropout=0.1)
+    before = (tmp_path / 'out/ckpt.pt').read_bytes()
+    iters, steps, _ = train(tmp_path, dataset, eval_only=True, init_from='resume')
+    assert not iters and list(steps) == [7]
+    assert (tmp_path / 'out/ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.parametrize('extra', [
+    dict(dropout=0.2, gradient_accumulation_steps=3), dict(dtype='float16', dropout=0.1),
+    dict(dtype='bfloat16')],
+    ids=['float32', 'float16', 'bfloat16'])
+def test_resume_equals_no_interruption_bit_for_bit(tmp_path, dataset, extra):
+    whole, _, _ = train(tmp_path, dataset, out_dir='whole', **extra)
+    first, _, _ = train(tmp_path, dataset, out_dir='parts', **{**extra, 'max_iters': 10})
+    rest, _, out = train(tmp_path, dataset, out_dir='parts', init_from='auto', **extra)
+    assert 'init_from=auto: resume' in out and {**first, **rest} == whole and min(rest) == 10
+    assert_same_weights(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
+    if extra.get('dtype') == 'float16':
+        scaler = torch.load(tmp_path / 'parts/ckpt.pt', weights_only=True)['scaler']
+        assert scaler['scale'] > 1  # it was on
+
+
+def test_accumulation_equals_one_large_batch(trainer):
+    """ After one update AdamW's first moment is (1 - beta1) times the gradient that train.py came to. """
+    names = trainer(gradient_accumulation_steps=3, max_iters=1, grad_clip=0.0)
+    micro_batches = [names['get_batch']('train', index, 0) for index in range(3)]
+    x, y = (torch.cat(parts) for parts in zip(*micro_batches))
+    untouched = trainer()['raw_model']  # the seed gives the same initial weights
+    _, loss = untouched(x, y)
+    loss.backward()
+    assert names['lossf'] == pytest.approx(loss.item(), abs=1e-6)
+    for p, fresh in zip(names['raw_model'].parameters(), untouched.parameters()):
+        moment = names['optimizer'].state[p]['exp_avg']
+        torch.testing.assert_close(moment / (1 - names['beta1']), fresh.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_are_clipped_by_their_norm(trainer):
+    free, clipped = (trainer(max_iters=1, grad_clip=clip) for clip in (0.0, 0.01))
+    moments = [[names['optimizer'].state[p]['exp_avg'] for p in names['raw_model'].parameters()]
+               for names in (free, clipped)]
+    norm = math.sqrt(sum((m / 0.1).square().sum().item() for m in moments[0]))
+    assert norm > 0.1
+    for m, c in zip(*moments):
+        torch.testing.assert_close(c, m * 0.01 / norm, atol=1e-8, rtol=1e-3)
+
+
+def test_float16_with_its_scaler_follows_float32(trainer):
+    names, reference = (trainer(dtype=dtype, max_iters=20) for dtype in ('float16', 'float32'))
+    assert names['scaler'].get_scale() == 65536.0  # it is on, and found no overflow
+    assert names['lossf'] == pytest.approx(reference['lossf'], abs=0.02)
+    assert names['lossf'] != reference['lossf']
+
+
+def test_resume_takes_every_setting_of_the_optimizer_from_the_command_line(script_globals, tmp_path, dataset):
+    train(tmp_path, dataset)
+    names = script_globals('train.py', **{**SMALL, 'dataset': dataset, 'init_from': 'resume', 'beta2': 0.5,
+                                          'weight_decay': 0.03, 'eval_only': True, 'dropout': 0.3})
+    decay, rest = names['optimizer'].param_groups
+    assert decay['betas'] == (0.9, 0.5) and (decay['weight_decay'], rest['weight_decay']) == (0.03, 0.0)
+    assert names['raw_model'].config.dropout == 0.3
+    assert all(state['step'] == 20 for state in names['optimizer'].state.values())
+
+
+def test_resume_with_a_smaller_block_crops_the_moments_too(tmp_path, dataset):
+    train(tmp_path, dataset)
+    before = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    train(tmp_path, dataset, init_from='resume', block_size=8, max_iters=21, learning_rate=0.0, min_lr=0.0)
+    after = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    assert after['model_args']['block_size'] == 8
+    key = 'transformer.wpe.weight'
+    torch.testing.assert_close(after['model'][key], before['model'][key][:8])  # learning rate 0
+    assert after['optimizer']['state'][1]['exp_avg'].shape == (8, 16)
+    assert after['optimizer']['state'][1]['exp_avg'].untyped_storage().nbytes() == 8 * 16 * 4
+
+
+def test_starting_from_a_checkpoint_file_takes_its_weights_alone(tmp_path, dataset):
+    _, steps, _ = train(tmp_path, dataset)
+    iters, again, _ = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='out2', max_iters=3)
+    assert list(iters) == [0, 1, 2] and again[0] == steps[20]
+    assert {int(s['step']) for s in
+            torch.load(tmp_path / 'out2/ckpt.pt', weights_only=True)['optimizer']['state'].values()} == {3}
+
+
+def test_a_checkpoint_of_the_original_resumes(tmp_path, dataset):
+    """ Prefixed keys, a tensor for best_val_loss, a mask buffer, no keys of ours. """
+    whole, _, _ = train(tmp_path, dataset, out_dir='whole')
+    train(tmp_path, dataset, max_iters=10)
+    path = tmp_path / 'out/ckpt.pt'
+    new = torch.load(path, weights_only=True)
+    old = {key: new[key] for key in ('optimizer', 'model_args', 'iter_num', 'config')}
+    old['model'] = {'_orig_mod.' + key: value for key, value in new['model'].items()}
+    old['model']['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
+    old['best_val_loss'] = torch.tensor(new['best_val_loss'])
+    for group in old['optimizer']['param_groups']:
+        group['fused'] = None
+    torch.save(old, path)
+    rest, _, _ = train(tmp_path, dataset, init_from='resume')
+    assert {**whole, **rest} == whole and min(rest) == 10
+    out, _ = run('sample.py', cwd=tmp_path, num_samples=1, max_new_tokens=20, start='the')
+    assert '---------------' in out
+
+
+def test_fine_tuning_gpt2_keeps_its_gelu_in_a_key_of_its_own(tmp_path, dataset):
+    import transformers
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=24, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / 'hf')
+    train(tmp_path, dataset, init_from='hf', max_iters=3)  # block_size 16 of 24
+    checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    assert checkpoint['gelu'] == 'tanh' and 'gelu' not in checkpoint['model_args']
+    assert checkpoint['model_args']['block_size'] == 16 and checkpoint['model_args']['vocab_size'] == 50
+    _, steps, _ = train(tmp_path, dataset, init_from='resume', max_iters=3)
+    assert list(steps) == [3]
+
+
+# -----------------------------------------------------------------------------
+# many processes
+
+@pytest.fixture(scope='module')
+def single_process(tmp_path_factory, dataset):
+    folder = tmp_path_factory.mktemp('single')
+    return train(folder, dataset, gradient_accumulation_steps=4, dropout=0.1, eval_iters=3)
+
+
+@pytest.mark.parametrize('processes', [2, 3, 4])  # three: uneven shares
+def test_many_processes_give_the_losses_of_one(tmp_path, dataset, single_process, processes):
+    iters, steps, out = train(tmp_path, dataset, processes=processes, gradient_accumulation_steps=4,
+                              dropout=0.1, eval_iters=3)
+    assert f'{processes} processes over gloo' in out
+    assert iters == pytest.approx(single_process[0], abs=1e-4) and len(iters) == 20
+    for it, losses in single_process[1].items():
+        assert steps[it] == pytest.approx(losses, abs=1e-4)
+
+
+def test_more_processes_than_micro_batches_are_refused(tmp_path, dataset):
+    _, error = run('train.py', cwd=tmp_path, processes=2, code=1, **{**SMALL, 'dataset': dataset})
+    assert error.count('gradient_accumulation_steps=1 is less than the number of processes, 2') == 1

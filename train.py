@@ -1,0 +1,351 @@
+"""
+Trains a GPT: from scratch, from a checkpoint or from GPT-2's weights, in one process or many.
+
+    python train.py config/train_shakespeare_char.py --batch_size=32
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=IP --master_port=1234 train.py
+      (and with --node_rank=1 on the other machine; all machines must see the same files)
+
+Settings are the variables below: set them with --key=value, or in a file named before it.
+"""
+import math
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from bins import load_meta, one_line_errors, open_bin, tokenizer_record, windows
+from checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from model import GPT, GPTConfig, choose_device, peak_flops
+
+# -----------------------------------------------------------------------------
+# the run
+out_dir = 'out'               # folder of ckpt.pt, made where it is missing
+eval_interval = 2000          # iterations between evaluations; 0: only after the last
+log_interval = 1              # iterations between log lines; 0: none
+eval_iters = 200              # batches an evaluation reads of each split; -1: all of val, as much of train
+eval_only = False             # evaluate once, write nothing, exit
+always_save_checkpoint = True  # save at every evaluation; False: only at the lowest validation loss so far
+init_from = 'scratch'         # scratch; resume (out_dir/ckpt.pt); auto (resume if it is there, else scratch);
+                              # gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face directory; its name on
+                              # the hub, namespace/name; or a checkpoint file: its weights alone, iteration 0
+seed = 1337                   # of the initial weights, the batches and dropout
+# wandb
+wandb_log = False             # log to Weights & Biases
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# the data
+dataset = 'openwebtext'       # folder under data/
+gradient_accumulation_steps = 40  # micro-batches an iteration, over all processes
+batch_size = 12               # sequences a micro-batch
+block_size = 1024             # tokens a sequence
+# the model
+n_layer = 12
+n_head = 12
+n_embd = 768                  # a multiple of n_head
+dropout = 0.0                 # for pretraining 0, for small data 0.1 and more
+bias = False                  # in linear layers and layer norms; GPT-2 has them
+# AdamW
+learning_rate = 6e-4          # the highest
+max_iters = 600000            # updates in all
+weight_decay = 1e-1           # of matrices and tables, not of biases and norms
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0               # norm to which gradients are cut; 0: not
+# the schedule of the learning rate
+decay_lr = True               # False: constant, without warm-up
+warmup_iters = 2000           # iterations of linear rise
+lr_decay_iters = 600000       # iteration at which min_lr is reached; usually max_iters
+min_lr = 6e-5                 # usually learning_rate / 10
+# the system
+backend = 'auto'              # of several processes: nccl or gloo; auto: nccl on CUDA
+device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first of these that is there
+dtype = 'auto'                # float32, bfloat16 or float16; auto: 16 bits on CUDA, bfloat16 where native
+compile = 'auto'              # True or False; auto: on CUDA
+# -----------------------------------------------------------------------------
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+
+# which process this is; torchrun says so
+ddp = 'RANK' in os.environ
+rank, local_rank = (int(os.environ.get(key, 0)) for key in ('RANK', 'LOCAL_RANK'))
+world_size, local_world_size = (int(os.environ.get(key, 1)) for key in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+master_process = rank == 0  # the one that prints, saves and logs
+
+
+def say(message):
+    if master_process:
+        print(message, flush=True)
+
+
+# what can be wrong with the settings alone
+with one_line_errors():
+    device, dtype, compile = choose_device(device, dtype, compile)
+    device_type = device.partition(':')[0]
+    if backend == 'auto':
+        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+    for broken, message in (
+        (batch_size < 1, f'batch_size={batch_size} must be at least 1'),
+        (gradient_accumulation_steps < world_size,
+         f'gradient_accumulation_steps={gradient_accumulation_steps} is less than the number of processes, '
+         f'{world_size}, and each needs a micro-batch'),
+        (eval_iters < 1 and eval_iters != -1, f'eval_iters={eval_iters} must be at least 1, or -1 for all'),
+        (min(eval_interval, log_interval, max_iters, warmup_iters, seed) < 0,
+         'eval_interval, log_interval, max_iters, warmup_iters and seed must not be negative'),
+        (decay_lr and warmup_iters > lr_decay_iters,
+         f'warmup_iters={warmup_iters} must not be more than lr_decay_iters={lr_decay_iters}'),
+        (backend not in ('nccl', 'gloo') or backend == 'nccl' and device_type != 'cuda',
+         f"backend={backend!r} on {device_type} cannot be; --backend=auto takes what can"),
+        (device_type == 'cuda' and local_world_size > torch.cuda.device_count(),
+         f'{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs'),
+    ):
+        if broken:
+            raise ValueError(message)
+config = {key: globals()[key] for key in config_keys}  # noqa: F821  with what 'auto' became
+
+log = lambda values: None  # stands in for wandb when it is off
+if wandb_log and master_process:
+    with one_line_errors():
+        import wandb
+        log = wandb.init(project=wandb_project, name=wandb_run_name, config=config).log
+
+if ddp:
+    if device_type == 'cuda':
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
+autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
+
+# -----------------------------------------------------------------------------
+# the data and the model
+
+ckpt_path = Path(out_dir, 'ckpt.pt')
+with one_line_errors():
+    if init_from == 'auto':
+        init_from = 'resume' if ckpt_path.exists() else 'scratch'
+        say(f'init_from=auto: {init_from}')
+
+    meta = load_meta(dataset)
+    vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded to a multiple of 64
+    tokenizer = tokenizer_record(meta)
+    data = {split: open_bin(dataset, split, block_size, vocab_size) for split in ('train', 'val')}
+
+    iter_num, best_val_loss = 0, math.inf
+    resumed, source = None, init_from
+    torch.manual_seed(seed)  # the initial weights
+    if init_from == 'scratch':
+        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                              bias=bias, vocab_size=vocab_size, dropout=dropout))
+    elif init_from == 'resume' or os.path.isfile(init_from) or init_from.endswith('.pt'):
+        source = ckpt_path if init_from == 'resume' else init_from
+        checkpoint = load_checkpoint(source)
+        if checkpoint.get('tokenizer', tokenizer) != tokenizer:
+            raise ValueError(f'{source} was trained on another vocabulary than that of dataset={dataset}')
+        model = GPT(GPTConfig(**{**checkpoint['model_args'], 'dropout': dropout}))
+        load_weights(model, checkpoint, source)
+        resumed = checkpoint if init_from == 'resume' else None
+    else:
+        say(f'loading the weights of {init_from}')
+        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    if model.config.vocab_size < (meta['vocab_size'] if meta else 50257):
+        raise ValueError(f'{source} has a vocabulary of {model.config.vocab_size}, which is less than '
+                         f'that of dataset={dataset}')
+    if block_size > model.config.block_size:
+        raise ValueError(f'block_size={block_size} is more than the {model.config.block_size} of {source}; '
+                         f'set --block_size={model.config.block_size}')
+    if block_size < model.config.block_size:
+        model.crop_block_size(block_size)
+
+    raw_model = model.to(device)
+    optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    if resumed:
+        if missing := [key for key in ('optimizer', 'iter_num') if key not in resumed]:
+            raise ValueError(f'{source} lacks {", ".join(missing)}; '
+                             f'--init_from={source} takes its weights alone')
+        load_optimizer(optimizer, resumed['optimizer'], source)
+        if scaler.is_enabled() and resumed.get('scaler'):
+            scaler.load_state_dict(resumed['scaler'])
+        iter_num, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
+        say(f'resuming {source} at iteration {iter_num:,}, best val loss {best_val_loss:.4f}')
+    resumed = checkpoint = None  # a copy of everything, no longer needed
+
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+peak, peak_source = peak_flops(device_type, dtype)
+say(f'tokens per iteration will be: {tokens_per_iter:,}')
+say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
+say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, {world_size} process'
+    + (f'es over {backend}' if world_size > 1 else ''))
+say(f'mfu is measured against {peak / 1e12:.2f} TFLOP/s of {peak_source}')
+
+model = torch.compile(raw_model) if compile else raw_model
+bare_model = model  # without DDP around it: what is evaluated
+if ddp:
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
+
+# -----------------------------------------------------------------------------
+# batches, evaluation, learning rate
+
+def stream(*key):
+    """ The seed of one random choice: a function of the run's seed and of `key` alone. """
+    return np.random.SeedSequence((seed, *key))
+
+
+def count_windows(split):
+    """ Windows that --eval_iters=-1 reads: of both splits as many as the validation split has whole ones. """
+    return min((len(data[name]) - 1) // block_size for name in ('val', split))
+
+
+def get_batch(split, index=0, it=None):
+    """
+    Micro-batch `index` -> inputs, targets, int64 (B, T) on the device.
+
+    With `it` that of a training iteration; without, that of every evaluation: the same windows each
+    time. They start at random; with eval_iters=-1 they lie side by side, and the rows of the last batch
+    for which there are none left have targets -1, which count for nothing.
+    """
+    if it is None and eval_iters == -1:
+        number = index * batch_size + np.arange(batch_size)     # (B,)
+        beyond = number >= count_windows(split)
+        starts = np.where(beyond, 0, number * block_size)
+    else:
+        key = (0, it, index) if it is not None else (1, split == 'val', index)
+        beyond = None
+        starts = np.random.default_rng(stream(*key)).integers(len(data[split]) - block_size, size=batch_size)
+    batch = torch.from_numpy(windows(data[split], starts, block_size))  # (B, T + 1)
+    if device_type == 'cuda':
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    else:
+        batch = batch.to(device)
+    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # (B, T)
+    if beyond is not None:
+        y[torch.from_numpy(beyond).to(device)] = -1
+    return x, y
+
+
+@torch.no_grad()
+def estimate_loss():
+    """ Mean loss of each split, nats a token -> {'train': float, 'val': float}; processes share the work. """
+    bare_model.eval()
+    mean = {}
+    for split in ('train', 'val'):
+        n = count_windows(split) if eval_iters == -1 else eval_iters * batch_size
+        losses, weights = [torch.zeros((), device=device)], [0]
+        for index in range(rank, math.ceil(n / batch_size), world_size):
+            x, y = get_batch(split, index)
+            with autocast:
+                _, loss = bare_model(x, y)
+            losses.append(loss.float())
+            weights.append(min(batch_size, n - index * batch_size))
+        total = (torch.stack(losses).cpu().double() * torch.tensor(weights)).sum()
+        if ddp:
+            total = total.to(device)
+            dist.all_reduce(total)
+        mean[split] = total.item() / n
+    bare_model.train()
+    return mean
+
+
+def get_lr(it):
+    """ Learning rate of iteration `it`: a linear rise, half a cosine (arXiv 1608.03983), then constant. """
+    if not decay_lr:
+        return learning_rate
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= lr_decay_iters:
+        return min_lr
+    ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
+
+
+def hours(seconds):
+    return f'{seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m{seconds % 60:02.0f}s'
+
+# -----------------------------------------------------------------------------
+# the loop
+
+def synchronize():
+    if device_type == 'cuda':
+        torch.cuda.synchronize()
+
+
+first_iter = iter_num
+share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
+X, Y = get_batch('train', rank, iter_num)
+running_mfu = -1.0
+seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
+clock = time.perf_counter()
+
+while True:
+    lr = get_lr(iter_num)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+
+    # evaluate, save, and end after the last update
+    finished = iter_num >= max_iters
+    if finished or eval_only or eval_interval and iter_num % eval_interval == 0:
+        synchronize()
+        seconds += time.perf_counter() - clock
+        losses = estimate_loss()
+        say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+             'mfu': running_mfu * 100})
+        if improved := losses['val'] < best_val_loss:
+            best_val_loss = losses['val']
+        wanted = (improved or always_save_checkpoint) and iter_num > first_iter and not eval_only
+        if wanted and master_process:
+            say(f'saving checkpoint to {out_dir}')
+            os.makedirs(out_dir, exist_ok=True)
+            save_checkpoint(ckpt_path, raw_model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
+                            config=config, tokenizer=tokenizer, scaler=scaler.state_dict())
+        clock = time.perf_counter()
+    if finished or eval_only:
+        break
+
+    # gradients of this process's micro-batches, reduced over the processes after the last of them
+    loss_sum = torch.zeros((), device=device)
+    for index in share:
+        last = index + world_size >= gradient_accumulation_steps
+        torch.manual_seed(int(stream(2, iter_num, index).generate_state(1, np.uint64)[0]))  # dropout
+        with nullcontext() if last or not ddp else model.no_sync():
+            with autocast:
+                _, loss = model(X, Y)
+                loss = loss / gradient_accumulation_steps
+            following = (rank, iter_num + 1) if last else (index + world_size, iter_num)
+            X, Y = get_batch('train', *following)  # while a GPU is still busy with this one
+            scaler.scale(loss * world_size).backward()  # DDP takes the mean, here the sum is meant
+        loss_sum += loss.detach()
+
+    # clip and step
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    # log
+    timed += 1
+    if log_interval and iter_num % log_interval == 0:
+        if ddp:
+            dist.all_reduce(loss_sum)
+        lossf = loss_sum.item()  # waits for the device
+        seconds += time.perf_counter() - clock
+        dt = seconds / timed
+        if iter_num - first_iter >= 5:  # the first few warm up
+            mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt, peak)
+            running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+        say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
+            f'{tokens_per_iter / dt:,.0f} tokens/s, {hours(dt * (max_iters - iter_num - 1))} left')
+        seconds, timed = 0.0, 0
+        clock = time.perf_counter()
+    iter_num += 1
+
+if ddp:
+    dist.destroy_process_group()
