@@ -1,0 +1,83 @@
+"""
+Prompts a trained model and prints what it writes.
+
+    python sample.py --out_dir=out-python-char --start="def "
+    python sample.py --init_from=gpt2-xl --start="What is AI?" --num_samples=5
+    python sample.py --start=FILE:prompt.txt
+
+Settings are the variables below: set them with --key=value, or in a file named before it.
+"""
+import os
+from contextlib import nullcontext
+
+import torch
+
+from bins import get_tokenizer, load_meta, one_line_errors, tokenizer_record
+from checkpoint import load_checkpoint, load_weights
+from model import GPT, GPT2_NAMES, GPTConfig, choose_device
+
+# -----------------------------------------------------------------------------
+init_from = 'resume'   # resume: out_dir/ckpt.pt; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face
+                       # directory, or namespace/name on the hub; or a checkpoint file
+out_dir = 'out'        # folder of ckpt.pt
+start = '\n'           # the prompt; FILE:prompt.txt reads one
+num_samples = 10
+max_new_tokens = 500   # tokens to draw, for each sample
+temperature = 0.8      # below 1.0: likely tokens more often; above: less often
+top_k = 200            # draw among so many of the likeliest tokens; 0: among all
+seed = 1337
+device = 'auto'        # cuda, cuda:1, mps or cpu; auto: the first of these that is there
+dtype = 'auto'         # float32, bfloat16 or float16; auto: 16 bits on CUDA, bfloat16 where native
+compile = False        # torch.compile: minutes at first, then faster
+# -----------------------------------------------------------------------------
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+
+with one_line_errors():
+    device, dtype, compile = choose_device(device, dtype, compile)
+    for broken, message in (
+        (temperature <= 0, f'temperature={temperature} must be above 0'),
+        (min(num_samples, max_new_tokens, top_k, seed) < 0,
+         'num_samples, max_new_tokens, top_k and seed must not be negative'),
+    ):
+        if broken:
+            raise ValueError(message)
+    if start.startswith('FILE:'):
+        with open(start[5:], encoding='utf-8') as f:
+            start = f.read()
+
+    # the model, and the tokenizer that it was trained with
+    path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+    if init_from == 'resume' or os.path.isfile(path) or path.endswith('.pt'):
+        checkpoint = load_checkpoint(path)
+        model = GPT(GPTConfig(**checkpoint['model_args']))
+        load_weights(model, checkpoint, path)
+        dataset = checkpoint.get('config', {}).get('dataset')
+        record = checkpoint.get('tokenizer') or tokenizer_record(load_meta(dataset) if dataset else None)
+        if record is None:
+            raise ValueError(f"data/{dataset}/meta.pkl has no 'itos': these tokens cannot become text")
+    else:
+        model = GPT.from_pretrained(init_from)
+        record = {'kind': 'gpt2'} if init_from in GPT2_NAMES else {'kind': 'hf', 'name': init_from}
+    encode, decode, vocab_size = get_tokenizer(record)
+
+    prompt = encode(start)
+    if not prompt:
+        raise ValueError('the prompt is empty; give it a character at least, as in --start="A"')
+    if max(prompt) >= model.config.vocab_size:
+        raise ValueError(f'the prompt has token {max(prompt)}, and the model only {model.config.vocab_size}')
+
+device_type = device.partition(':')[0]
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
+autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
+torch.manual_seed(seed)
+model.eval().to(device)
+if compile:
+    model.compile()  # in place, so that generate() runs the compiled one
+
+idx = torch.tensor([prompt], device=device)  # (1, T)
+for _ in range(num_samples):
+    with autocast:
+        tokens = model.generate(idx, max_new_tokens, temperature, top_k, vocab_size)
+    print(decode(tokens[0].tolist()))
+    print('-' * 15, flush=True)

@@ -1,0 +1,136 @@
+""" The scripts end to end, as a user runs them, from another folder. """
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, run, train
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """ A copy of the repository without datasets and runs -> its folder. """
+    folder = tmp_path / 'clone'
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
+        '.*', 'out*', '*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__', 'wandb', 'bench_log'))
+    return folder
+
+
+def test_prepare_train_sample_from_another_folder(tmp_path, dataset):
+    _, _, out = train(tmp_path, dataset)
+    text, _ = run('sample.py', cwd=tmp_path, num_samples=3, max_new_tokens=30, start='the cat')
+    samples = text.split('---------------\n')
+    assert len(samples) == 4 and all('the cat' in sample for sample in samples[:3])
+    again, _ = run('sample.py', cwd=tmp_path, num_samples=3, max_new_tokens=30, start='the cat')
+    assert text == again and samples[0] != samples[1]
+
+
+def test_the_tokenizer_travels_in_the_checkpoint(tmp_path, dataset):
+    copy = tmp_path / 'words'
+    shutil.copytree(dataset, copy)
+    train(tmp_path, copy, max_iters=2)
+    shutil.rmtree(copy)
+    (tmp_path / 'prompt.txt').write_text('sat on')
+    out, _ = run('sample.py', cwd=tmp_path, num_samples=1, max_new_tokens=5, start='FILE:prompt.txt')
+    assert 'sat on' in out
+    _, error = run('sample.py', cwd=tmp_path, start='dog', code=1)
+    assert "'dg' is not in the vocabulary" in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('script, message, settings', [
+    ('train.py', r'data/openwebtext/prepare.py', dict(device='cpu')),
+    ('train.py', 'no checkpoint out/ckpt.pt', dict(init_from='resume')),
+    ('train.py', 'no checkpoint nowhere.pt', dict(init_from='nowhere.pt')),
+    ('train.py', 'device=cuda:99', dict(device='cuda:99')),
+    ('train.py', 'eval_iters=0', dict(eval_iters=0)),
+    ('train.py', 'n_embd=17', dict(n_embd=17)),
+    ('sample.py', 'no checkpoint elsewhere/ckpt.pt', dict(out_dir='elsewhere')),
+    ('sample.py', 'temperature', dict(temperature=0)),
+    ('sample.py', "No such file or directory: 'prompt.txt'", dict(start='FILE:prompt.txt')),
+    ('bench.py', 'batch_size=0', dict(batch_size=0))])
+def test_bad_input_gets_one_line(tmp_path, dataset, script, message, settings):
+    if script == 'train.py':
+        settings = {**SMALL, 'dataset': 'openwebtext' if 'openwebtext' in message else dataset, **settings}
+    _, error = run(script, cwd=tmp_path, code=1, **settings)
+    assert message in error and error.count('\n') == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_meets_only_its_own_vocabulary(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    other = tmp_path / 'other'
+    shutil.copytree(dataset, other)
+    meta = pickle.loads((dataset / 'meta.pkl').read_bytes())
+    meta['itos'][0], meta['itos'][1] = meta['itos'][1], meta['itos'][0]
+    (other / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    settings = {**SMALL, 'dataset': other, 'init_from': 'resume'}
+    _, error = run('train.py', cwd=tmp_path, code=1, **settings)
+    assert 'another vocabulary' in error and error.count('\n') == 1
+    _, error = run('train.py', cwd=tmp_path, code=1, **{**settings, 'dataset': dataset, 'block_size': 32})
+    assert 'block_size=32 is more than the 16' in error
+
+
+def prepare(folder, cwd):
+    done = subprocess.run([sys.executable, folder / 'prepare.py'], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_prepare_shakespeare_char(clone, tmp_path):
+    text = 'First Citizen:\nSpeak, speak.\n' * 50
+    folder = clone / 'data/shakespeare_char'
+    (folder / 'input.txt').write_text(text)
+    out = prepare(folder, tmp_path)
+    assert np.fromfile(folder / 'train.bin', dtype=np.uint16).size == int(len(text) * 0.9)
+    assert pickle.loads((folder / 'meta.pkl').read_bytes())['vocab_size'] == len(set(text))
+    assert f'{len(set(text))} of them distinct' in out
+
+
+def test_prepare_python_char(clone, tmp_path):
+    folder = clone / 'data/python_char'
+    out = prepare(folder, tmp_path)
+    meta = pickle.loads((folder / 'meta.pkl').read_bytes())
+    assert meta['vocab_size'] == 96 and meta['itos'][0] == '\n' and meta['itos'][95] == '~'
+    ids = np.fromfile(folder / 'train.bin', dtype=np.uint16)
+    head = ''.join(meta['itos'][i] for i in ids[:3000].tolist())
+    import __future__
+    assert head.startswith(open(__future__.__file__).read()[:3000])  # the first by path
+    assert 5e6 < len(ids) < 12e6 and 'SHA-256' in out
+
+
+def test_bench(tmp_path, dataset):
+    out, _ = run('bench.py', cwd=tmp_path, dataset=dataset, n_layer=1, n_head=2, n_embd=16, block_size=16,
+                 batch_size=2, profile=True, device='cpu')
+    for part in ('time per iteration: ', 'ms, MFU: ', 'tokens/s', 'peak memory', 'loading', 'median of 20'):
+        assert part in out
+    trace, = (tmp_path / 'bench_log').glob('*.json')
+    assert json.loads(trace.read_text())['traceEvents']
+
+
+def test_bench_without_the_dataset(tmp_path):
+    out, _ = run('bench.py', cwd=tmp_path, dataset=tmp_path / 'none', n_layer=1, n_head=2, n_embd=16,
+                 block_size=16, batch_size=1, device='cpu')
+    assert 'measuring with random tokens' in out and 'time per iteration' in out
+
+
+@pytest.mark.parametrize('config', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
+def test_every_config_file_is_taken_by_train(tmp_path, config):
+    """ --help comes after the file in the order of the arguments, so the file has been read and checked. """
+    out, _ = run('train.py', str(ROOT / 'config' / config), '--help', cwd=tmp_path)
+    assert 'not settings' not in out
+
+
+def test_start_up_imports_nothing_that_is_not_needed(tmp_path):
+    command = [sys.executable, '-X', 'importtime', str(ROOT / 'sample.py'), '--help']
+    loaded = {line.rpartition('|')[2].strip() for line in
+              subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr.splitlines()}
+    assert 'torch' in loaded
+    assert not loaded & {'transformers', 'datasets', 'wandb', 'tiktoken', 'matplotlib'}
+
+
+def test_wandb_offline(tmp_path, dataset):
+    _, _, out = train(tmp_path, dataset, max_iters=2, wandb_log=True)
+    assert list((tmp_path / 'wandb').glob('offline-run-*'))
