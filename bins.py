@@ -27,9 +27,8 @@ DATA = Path(__file__).resolve().parent / 'data'
 @contextmanager
 def one_line_errors():
     """
-    Around what a user's input can make fail: a ValueError, OSError or ImportError ends the script with
-    its message in one line, exit code 1. Of several processes on a machine the first speaks; torchrun
-    ends the others while they wait, and if it does not, the trouble was theirs alone and they speak too.
+    A ValueError, OSError or ImportError in the block ends the script with its message, one line, and
+    exit code 1. Of a machine's processes the first speaks: torchrun ends the others while they wait.
     """
     try:
         yield
@@ -62,8 +61,8 @@ def whole_file(path):
 
 def download(url, path, digest):
     """
-    Fetches `url` into `path` with a progress bar, unless the file is there already, wherever it came
-    from. Raises OSError, with what to do instead, on any failure or another SHA-256 than `digest`.
+    Fetches `url` into `path`, unless something is there already. Raises OSError, with what to do
+    instead, on any failure or another SHA-256 than `digest`.
     """
     if path.exists():
         return
@@ -123,11 +122,13 @@ def open_bin(dataset, split, block_size, vocab_size):
     below `vocab_size` (in a sample of 64 places: a whole scan may take minutes).
     """
     path = DATA / dataset / f'{split}.bin'
-    prepare = f'run: python {os.path.join("data", dataset, "prepare.py")}'
+    scripts = sorted(script.parent.name for script in DATA.glob('*/prepare.py'))
+    prepare = (f'run: python data/{dataset}/prepare.py' if dataset in scripts else
+               f'datasets with a prepare.py are {", ".join(scripts)}')
     if not path.exists():
         raise FileNotFoundError(f'{path} is not there; {prepare}')
     if (size := path.stat().st_size) % 2 or size < 2 * (block_size + 1):
-        raise ValueError(f'{path}: {size:,} bytes are not uint16 or not block_size={block_size} and 1; {prepare}')
+        raise ValueError(f'{path}: {size:,} bytes are not uint16 for block_size={block_size} + 1; {prepare}')
     ids = np.asarray(np.memmap(path, dtype='<u2', mode='r'))
     places = np.linspace(0, len(ids) - 1, 64, dtype=np.int64)
     if (largest := max(ids[i:i + 1024].max() for i in places)) >= vocab_size:
@@ -195,6 +196,6 @@ def get_tokenizer(record):
     try:
         bpe = tiktoken.get_encoding('gpt2')
     except OSError as error:  # every error of requests is one
-        raise OSError(f"could not fetch GPT-2's tokenizer ({type(error).__name__}); once fetched, tiktoken "
-                      'keeps it under TIKTOKEN_CACHE_DIR. Character datasets need none') from None
+        raise OSError(f"could not fetch GPT-2's tokenizer ({type(error).__name__}), which tiktoken keeps "
+                      'under TIKTOKEN_CACHE_DIR; character datasets need none') from None
     return lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}), bpe.decode, bpe.n_vocab

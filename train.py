@@ -12,6 +12,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -100,18 +101,13 @@ with one_line_errors():
          f'warmup_iters={warmup_iters} must not be more than lr_decay_iters={lr_decay_iters}'),
         (backend not in ('nccl', 'gloo') or backend == 'nccl' and device_type != 'cuda',
          f"backend={backend!r} on {device_type} cannot be; --backend=auto takes what can"),
+        (wandb_log and find_spec('wandb') is None, 'wandb_log=True takes: pip install wandb'),
         (device_type == 'cuda' and local_world_size > torch.cuda.device_count(),
          f'{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs'),
     ):
         if broken:
             raise ValueError(message)
 config = {key: globals()[key] for key in config_keys}  # noqa: F821  with what 'auto' became
-
-log = lambda values: None  # stands in for wandb when it is off
-if wandb_log and master_process:
-    with one_line_errors():
-        import wandb
-        log = wandb.init(project=wandb_project, name=wandb_run_name, config=config).log
 
 if ddp:
     if device_type == 'cuda':
@@ -269,6 +265,12 @@ def hours(seconds):
 
 # -----------------------------------------------------------------------------
 # the loop
+
+log = lambda values: None  # stands in for wandb when it is off
+if wandb_log and master_process:
+    import wandb
+    log = wandb.init(project=wandb_project, name=wandb_run_name, config=config).log
+
 
 def synchronize():
     if device_type == 'cuda':

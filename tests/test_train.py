@@ -237,9 +237,9 @@ def test_many_processes_give_the_losses_of_one(tmp_path, dataset, single_process
     iters, steps, out = train(tmp_path, dataset, processes=processes, gradient_accumulation_steps=4,
                               dropout=0.1, eval_iters=3)
     assert f'{processes} processes over gloo' in out
-    assert iters == pytest.approx(single_process[0], abs=1e-4) and len(iters) == 20
+    assert iters == pytest.approx(single_process[0], abs=1.01e-4) and len(iters) == 20  # printed digits
     for it, losses in single_process[1].items():
-        assert steps[it] == pytest.approx(losses, abs=1e-4)
+        assert steps[it] == pytest.approx(losses, abs=1.01e-4)
 
 
 def test_more_processes_than_micro_batches_are_refused(tmp_path, dataset):
