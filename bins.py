@@ -150,8 +150,7 @@ class _DataOnly(pickle.Unpickler):
 
 def load_meta(dataset):
     """ meta.pkl of a dataset, None where there is none. Raises ValueError where it is not plain data. """
-    path = DATA / dataset / 'meta.pkl'
-    if not path.exists():
+    if not (path := DATA / dataset / 'meta.pkl').exists():
         return None
     try:
         with open(path, 'rb') as f:
