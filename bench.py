@@ -57,7 +57,7 @@ with one_line_errors():
 device_type = device.partition(':')[0]
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(torch.device(device).index or 0)
 autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 model.to(device)

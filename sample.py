@@ -57,7 +57,9 @@ with one_line_errors():
             raise ValueError(f"data/{dataset}/meta.pkl has no 'itos': these tokens cannot become text")
     else:
         model = GPT.from_pretrained(init_from)
-        record = {'kind': 'gpt2'} if init_from in GPT2_NAMES else {'kind': 'hf', 'name': init_from}
+        bare = os.path.isdir(init_from) and not any(
+            os.path.exists(os.path.join(init_from, name)) for name in ('tokenizer.json', 'vocab.json'))
+        record = {'kind': 'gpt2'} if bare or init_from in GPT2_NAMES else {'kind': 'hf', 'name': init_from}
     encode, decode, vocab_size = get_tokenizer(record)
 
     prompt = encode(start)

@@ -97,10 +97,8 @@ with one_line_errors():
         (eval_iters < 1 and eval_iters != -1, f'eval_iters={eval_iters} must be at least 1, or -1 for all'),
         (min(eval_interval, log_interval, max_iters, warmup_iters, seed) < 0,
          'eval_interval, log_interval, max_iters, warmup_iters and seed must not be negative'),
-        (decay_lr and warmup_iters > lr_decay_iters,
-         f'warmup_iters={warmup_iters} must not be more than lr_decay_iters={lr_decay_iters}'),
-        (backend not in ('nccl', 'gloo') or backend == 'nccl' and device_type != 'cuda',
-         f"backend={backend!r} on {device_type} cannot be; --backend=auto takes what can"),
+        (backend not in ('nccl', 'gloo') or ddp and backend == 'nccl' and device_type != 'cuda',
+         f'backend={backend!r} on {device_type} cannot be; --backend=auto takes what can'),
         (wandb_log and find_spec('wandb') is None, 'wandb_log=True takes: pip install wandb'),
         (device_type == 'cuda' and local_world_size > torch.cuda.device_count(),
          f'{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs'),
@@ -110,11 +108,10 @@ with one_line_errors():
 config = {key: globals()[key] for key in config_keys}  # noqa: F821  with what 'auto' became
 
 if ddp:
-    if device_type == 'cuda':
-        device = f'cuda:{local_rank}'
-        torch.cuda.set_device(device)
+    device = f'cuda:{local_rank}' if device_type == 'cuda' else device
     dist.init_process_group(backend)
 if device_type == 'cuda':
+    torch.cuda.set_device(torch.device(device).index or 0)
     torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
 autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 

@@ -134,3 +134,19 @@ def test_start_up_imports_nothing_that_is_not_needed(tmp_path):
 def test_wandb_offline(tmp_path, dataset):
     _, _, out = train(tmp_path, dataset, max_iters=2, wandb_log=True)
     assert list((tmp_path / 'wandb').glob('offline-run-*'))
+
+
+def test_a_hugging_face_directory_brings_its_tokenizer(tmp_path):
+    import tokenizers
+    import transformers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(['the cat sat'], tokenizers.trainers.BpeTrainer(
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
+    tokenizer.save_pretrained(tmp_path / 'hf')
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'hf')
+    out, _ = run('sample.py', cwd=tmp_path, init_from='hf', start='the cat', num_samples=2, max_new_tokens=8)
+    assert out.count('\nthe cat') == 2
