@@ -70,8 +70,7 @@ def download(url, path, digest):
     try:
         with whole_file(path) as temporary:
             with urllib.request.urlopen(url, timeout=30) as reply, open(temporary, 'wb') as f:
-                size = int(reply.headers.get('Content-Length') or 0) or None
-                with tqdm.wrapattr(f, 'write', total=size, desc=path.name) as out:
+                with tqdm.wrapattr(f, 'write', getattr(reply, 'length', None), desc=path.name) as out:
                     shutil.copyfileobj(reply, out)
             if sha256(temporary.read_bytes()).hexdigest() != digest:
                 raise OSError('what came is not the text that was expected')
@@ -117,9 +116,8 @@ def write_chars(folder, text, chars=None):
 
 def open_bin(dataset, split, block_size, vocab_size):
     """
-    The token ids of a split: uint16 (N,), mapped from the disk, read-only. Raises FileNotFoundError or
-    ValueError, with the command to run, where the bin is missing, too short, or has ids that are not
-    below `vocab_size` (in a sample of 64 places: a whole scan may take minutes).
+    The token ids of a split: uint16 (N,), mapped from the disk, read-only. Raises OSError or ValueError
+    where it is missing, too short, or has ids (of a sample: a scan takes minutes) beyond the vocabulary.
     """
     path = DATA / dataset / f'{split}.bin'
     scripts = sorted(script.parent.name for script in DATA.glob('*/prepare.py'))
@@ -127,8 +125,10 @@ def open_bin(dataset, split, block_size, vocab_size):
                f'datasets with a prepare.py are {", ".join(scripts)}')
     if not path.exists():
         raise FileNotFoundError(f'{path} is not there; {prepare}')
-    if (size := path.stat().st_size) % 2 or size < 2 * (block_size + 1):
-        raise ValueError(f'{path}: {size:,} bytes are not uint16 for block_size={block_size} + 1; {prepare}')
+    if (size := path.stat().st_size) % 2 or size < 4:
+        raise ValueError(f'{path}: {size:,} bytes are no uint16 tokens; {prepare}')
+    if size < 2 * (block_size + 1):
+        raise ValueError(f'{path}: {size // 2:,} tokens; the most is --block_size={size // 2 - 1}')
     ids = np.asarray(np.memmap(path, dtype='<u2', mode='r'))
     places = np.linspace(0, len(ids) - 1, 64, dtype=np.int64)
     if (largest := max(ids[i:i + 1024].max() for i in places)) >= vocab_size:

@@ -57,7 +57,7 @@ def _configure(settings):
         except Exception as error:
             trace = error.__traceback__.tb_next
             line = error.lineno if isinstance(error, SyntaxError) else trace.tb_lineno if trace else 0
-            refuse(f'{path}, line {line}: {type(error).__name__}: {error}')
+            refuse(f'{path}, line {line}: {type(error).__name__}: {getattr(error, "msg", error)}')
         for key in (unknown := [key for key in settings_of(names) if key not in settings]):
             if near := difflib.get_close_matches(key, defaults, 1, 0.8):
                 refuse(f'{path}: no setting {key!r}; did you mean {near[0]!r}?')

@@ -185,6 +185,9 @@ class GPT(nn.Module):
         if not (model_type in GPT2_NAMES or os.path.isdir(model_type) or model_type.count('/') == 1):
             raise ValueError(f"no model {model_type!r}: not one of {', '.join(GPT2_NAMES)}, not a directory "
                              'or checkpoint that is there, not namespace/name on the hub')
+        if os.path.isdir(model_type) and not os.path.exists(os.path.join(model_type, 'config.json')):
+            raise ValueError(f'{model_type} has no config.json of a Hugging Face model; a checkpoint is '
+                             f'named by its file, as {os.path.join(model_type, "ckpt.pt")}')
         from transformers import AutoConfig, GPT2LMHeadModel
         logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries; our error comes after
         try:
@@ -293,7 +296,7 @@ def choose_device(device='auto', dtype='auto', compile='auto'):
     if kind not in there or index and not index.isdigit():
         raise ValueError(f"device={device!r} must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if int(index or 0) >= there[kind]:
-        raise ValueError(f'device={device}: {there[kind]} of these are here; --device=auto takes what is')
+        raise ValueError(f'device={device}: {there[kind] or "none"} here; --device=auto takes what is')
     native = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == 'auto':
         dtype = 'float32' if kind != 'cuda' else 'bfloat16' if native else 'float16'

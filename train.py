@@ -142,10 +142,11 @@ with one_line_errors():
             raise ValueError(f'{source} was trained on another vocabulary than that of dataset={dataset}')
         model = GPT(GPTConfig(**{**checkpoint['model_args'], 'dropout': dropout}))
         load_weights(model, checkpoint, source)
+        say(f'took the weights of {source}')
         resumed = checkpoint if init_from == 'resume' else None
     else:
-        say(f'loading the weights of {init_from}')
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        say(f'took the weights of {source}')
     if model.config.vocab_size < (meta['vocab_size'] if meta else 50257):
         raise ValueError(f'{source} has a vocabulary of {model.config.vocab_size}, which is less than '
                          f'that of dataset={dataset}')
@@ -169,10 +170,16 @@ with one_line_errors():
         say(f'resuming {source} at iteration {iter_num:,}, best val loss {best_val_loss:.4f}')
     resumed = checkpoint = None  # a copy of everything, no longer needed
 
+    if master_process and not eval_only:  # now, and not after hours
+        os.makedirs(out_dir, exist_ok=True)
+        if init_from != 'resume' and ckpt_path.exists():
+            say(f'{ckpt_path} of an earlier run will be replaced; --init_from=resume goes on with it')
+
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 peak, peak_source = peak_flops(device_type, dtype)
 say(f'tokens per iteration will be: {tokens_per_iter:,}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
+say(f'{raw_model.config}')
 say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, {world_size} process'
     + (f'es over {backend}' if world_size > 1 else ''))
 say(f'mfu is measured against {peak / 1e12:.2f} TFLOP/s of {peak_source}')
@@ -300,7 +307,6 @@ while True:
         wanted = (improved or always_save_checkpoint) and iter_num > first_iter and not eval_only
         if wanted and master_process:
             say(f'saving checkpoint to {out_dir}')
-            os.makedirs(out_dir, exist_ok=True)
             save_checkpoint(ckpt_path, raw_model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
                             config=config, tokenizer=tokenizer, scaler=scaler.state_dict())
         clock = time.perf_counter()
@@ -346,5 +352,9 @@ while True:
         clock = time.perf_counter()
     iter_num += 1
 
+if not eval_only and iter_num == first_iter:
+    say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
+elif not eval_only:
+    say(f'best val loss {best_val_loss:.4f}; try: python sample.py --out_dir={out_dir}')
 if ddp:
     dist.destroy_process_group()

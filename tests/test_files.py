@@ -102,7 +102,7 @@ def test_ids_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize('content, message', [
     (None, 'is not there; datasets with a prepare.py are .*python_char'),
-    (b'abc', ': 3 bytes'), (b'ab' * 8, ': 16 bytes'),
+    (b'abc', ': 3 bytes'), (b'ab' * 8, ': 8 tokens; the most is --block_size=7'),
     (np.full(50, 77, np.uint16).tobytes(), 'token 77')])
 def test_a_bin_is_checked_before_it_is_used(tmp_path, content, message):
     if content is not None:

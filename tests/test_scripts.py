@@ -146,7 +146,7 @@ def test_a_hugging_face_directory_brings_its_tokenizer(tmp_path):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
     tokenizer.save_pretrained(tmp_path / 'hf')
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'hf')
     out, _ = run('sample.py', cwd=tmp_path, init_from='hf', start='the cat', num_samples=2, max_new_tokens=8)
     assert out.count('\nthe cat') == 2
