@@ -57,7 +57,7 @@ def load_checkpoint(path, required=('model', 'model_args')):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f'no checkpoint {path}; train one, or give its folder as --out_dir') from None
+        raise FileNotFoundError(f'there is no checkpoint {path}; train one first, or name another') from None
     except Exception as error:  # a broken file fails in any way
         code = re.search(r'GLOBAL (\S+)', str(error))
         raise ValueError(f'{path} is refused: it carries code ({code[1]}), which was not run' if code else
@@ -67,6 +67,8 @@ def load_checkpoint(path, required=('model', 'model_args')):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint')
     if missing := [key for key in required if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}')
+    if not isinstance(checkpoint['model'], dict) or not isinstance(checkpoint['model_args'], dict):
+        raise ValueError(f'{path}: its model and model_args are not the dicts of a checkpoint')
     args = checkpoint['model_args'] = dict(checkpoint['model_args'])
     if missing := [key for key in MODEL_ARGS[:6] if key not in args]:
         raise ValueError(f'{path}: its model_args lack {", ".join(missing)}')
@@ -97,16 +99,22 @@ def load_weights(model, checkpoint, path):
 def load_optimizer(optimizer, state, path):
     """
     Puts the moments and step counts of `state` into a fresh optimizer that keeps its own settings.
-    Moments of positions that crop_block_size forgot are cut off. Raises ValueError where it is another
-    model's.
+    The moments of a table lose the rows that it lost to crop_block_size. Raises ValueError where they
+    are another model's (a fused AdamW would not notice).
     """
     fresh = optimizer.state_dict()['param_groups']
-    if [len(g['params']) for g in fresh] != [len(g['params']) for g in state['param_groups']]:
-        raise ValueError(f'{path}: its optimizer is of a model with other parameters')
     groups = [{**ours, 'params': theirs['params']} for ours, theirs in zip(fresh, state['param_groups'])]
-    moments = dict(state['state'])
     params = [p for group in optimizer.param_groups for p in group['params']]
-    for i, p in zip([i for group in groups for i in group['params']], params):
-        moments[i] = {key: value[:len(p)].clone() if value.dim() and len(value) > len(p) else value
-                      for key, value in moments.get(i, {}).items()}
+    ids = [i for group in state['param_groups'] for i in group['params']]
+    fits = [len(g['params']) for g in fresh] == [len(g['params']) for g in state['param_groups']]
+    moments = {}
+    for i, p in zip(ids, params):
+        moments[i] = dict(state['state'].get(i, {}))
+        for key in {'exp_avg', 'exp_avg_sq'} & set(moments[i]):
+            moment = moments[i][key]
+            if p.dim() == 2 and len(moment) > len(p):
+                moment = moments[i][key] = moment[:len(p)].clone()
+            fits = fits and moment.shape == p.shape
+    if not fits:
+        raise ValueError(f'{path}: its optimizer is of a model with other parameters')
     optimizer.load_state_dict({'state': moments, 'param_groups': groups})

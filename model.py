@@ -163,7 +163,7 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """ Forgets the positions from `block_size` on. Build the optimizer after it, not before. """
-        assert block_size <= self.config.block_size
+        assert block_size <= self.config.block_size, 'positions can be forgotten, not added'
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         self.transformer.wpe.num_embeddings = block_size
@@ -209,10 +209,14 @@ class GPT(nn.Module):
                 raise ValueError(f'{model_type}: {name}={value!r} cannot be expressed by this model, only '
                                  + ' or '.join(map(repr, allowed)))
         try:
-            theirs = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32).state_dict()
+            theirs, info = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32,
+                                                           output_loading_info=True)
         except Exception as error:  # a broken file fails in any way
             raise ValueError(f'{model_type}: its weights cannot be read: {error!s:.200}') from None
 
+        if info['missing_keys']:
+            raise ValueError(f'{model_type} lacks the weights {", ".join(sorted(info["missing_keys"])):.200}')
+        theirs = theirs.state_dict()
         model = cls(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd, bias=True,
                               gelu=gelu[hf.activation_function], dropout=override_args.get('dropout', 0.0)))
         with torch.no_grad():
@@ -220,7 +224,7 @@ class GPT(nn.Module):
                 weight = theirs[name]
                 if name.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight')):
                     weight = weight.t()  # their Conv1D keeps (in, out), a Linear (out, in)
-                assert weight.shape == p.shape, name
+                assert weight.shape == p.shape, f'{name} is {weight.shape}, not {p.shape}'
                 p.copy_(weight)
         return model
 
@@ -264,11 +268,11 @@ class GPT(nn.Module):
         """
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size:])                  # (B, 1, vocab_size)
-            logits = logits[:, -1, :vocab_size] / temperature                   # (B, vocab_size)
+            logits = logits[:, -1, :vocab_size].float() / temperature           # (B, vocab_size)
             if top_k:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            drawn = torch.multinomial(F.softmax(logits.float(), dim=-1), num_samples=1)  # (B, 1)
+            drawn = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)  # (B, 1)
             idx = torch.cat((idx, drawn), dim=1)
         return idx
 
@@ -277,9 +281,9 @@ class GPT(nn.Module):
 
 # dense 16-bit FLOP/s, accumulated in float32, from the makers' data sheets
 GPU_PEAKS = {
-    'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12,
-    'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L4': 121e12,
-    'V100': 125e12, 'T4': 65e12,
+    'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 836e12, 'H200': 989e12, 'H100 PCIe': 756e12,
+    'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12,
+    'L4': 121e12, 'V100': 125e12, 'T4': 65e12,
 }
 
 
@@ -291,7 +295,7 @@ def choose_device(device='auto', dtype='auto', compile='auto'):
     if device == 'auto':
         device = ('cuda' if torch.cuda.is_available() else
                   'mps' if torch.backends.mps.is_available() else 'cpu')
-    kind, _, index = device.partition(':')
+    kind, _, index = str(device).partition(':')
     there = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
     if kind not in there or index and not index.isdigit():
         raise ValueError(f"device={device!r} must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
@@ -316,14 +320,15 @@ def peak_flops(device_type, dtype):
     if device_type == 'cuda':
         gpu = torch.cuda.get_device_name()
         for name, peak in GPU_PEAKS.items():
-            if re.search(rf'\b{name}\b', gpu) and dtype != 'float32':
+            if re.search(rf'\b{name}\b', gpu) and 'MIG' not in gpu and dtype != 'float32':
                 return peak, f"{gpu}'s data sheet"
-    best, n, end = 0.0, 512, time.perf_counter() + 0.5
-    while n <= 8192 and time.perf_counter() < end:  # the larger the nearer to the peak, while time lasts
+    best, n, seconds = 0.0, 512, 0.0
+    while n <= 8192 and seconds < 0.02:  # the larger the nearer to the peak; up to 0.3 s on a CPU
         a = torch.randn(n, n, device=device_type, dtype=getattr(torch, dtype))
         for _ in range(5):
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # waits for a GPU
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * n**3 / seconds)
         n *= 2
     return best, 'a measured matrix product'

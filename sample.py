@@ -36,8 +36,9 @@ with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile)
     for broken, message in (
         (temperature <= 0, f'temperature={temperature} must be above 0'),
-        (min(num_samples, max_new_tokens, top_k, seed) < 0,
-         'num_samples, max_new_tokens, top_k and seed must not be negative'),
+        (min(num_samples, max_new_tokens, top_k) < 0,
+         'num_samples, max_new_tokens and top_k must not be negative'),
+        (not 0 <= seed < 2**63, f'seed={seed} must be from 0 to 2**63 - 1'),
     ):
         if broken:
             raise ValueError(message)
@@ -47,14 +48,16 @@ with one_line_errors():
 
     # the model, and the tokenizer that it was trained with
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-    if init_from == 'resume' or os.path.isfile(path) or path.endswith('.pt'):
+    if init_from == 'resume' or init_from not in GPT2_NAMES and (
+            os.path.isfile(init_from) or init_from.endswith('.pt')):
         checkpoint = load_checkpoint(path)
         model = GPT(GPTConfig(**checkpoint['model_args']))
         load_weights(model, checkpoint, path)
         dataset = checkpoint.get('config', {}).get('dataset')
         record = checkpoint.get('tokenizer') or tokenizer_record(load_meta(dataset) if dataset else None)
-        if record is None:
-            raise ValueError(f"data/{dataset}/meta.pkl has no 'itos': these tokens cannot become text")
+        if record is None or record['kind'] == 'gpt2' and model.config.vocab_size < 50257:
+            raise ValueError(f'{path} has a vocabulary of {model.config.vocab_size}, and the characters '
+                             f"are not in data/{dataset}/meta.pkl; run that dataset's prepare.py")
     else:
         model = GPT.from_pretrained(init_from)
         bare = os.path.isdir(init_from) and not any(
@@ -72,6 +75,7 @@ device_type = device.partition(':')[0]
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
 autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
+print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}')
 torch.manual_seed(seed)
 model.eval().to(device)
 if compile:

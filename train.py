@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from bins import load_meta, one_line_errors, open_bin, tokenizer_record, windows
+from bins import largest_id, load_meta, one_line_errors, open_bin, tokenizer_record, windows
 from checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
-from model import GPT, GPTConfig, choose_device, peak_flops
+from model import GPT, GPT2_NAMES, GPTConfig, choose_device, peak_flops
 
 # -----------------------------------------------------------------------------
 # the run
@@ -95,10 +95,12 @@ with one_line_errors():
          f'gradient_accumulation_steps={gradient_accumulation_steps} is less than the number of processes, '
          f'{world_size}, and each needs a micro-batch'),
         (eval_iters < 1 and eval_iters != -1, f'eval_iters={eval_iters} must be at least 1, or -1 for all'),
-        (min(eval_interval, log_interval, max_iters, warmup_iters, seed) < 0,
-         'eval_interval, log_interval, max_iters, warmup_iters and seed must not be negative'),
+        (min(eval_interval, log_interval, max_iters, warmup_iters, grad_clip) < 0,
+         'eval_interval, log_interval, max_iters, warmup_iters and grad_clip must not be negative'),
+        (not 0 <= seed < 2**63, f'seed={seed} must be from 0 to 2**63 - 1'),
         (backend not in ('nccl', 'gloo') or ddp and backend == 'nccl' and device_type != 'cuda',
          f'backend={backend!r} on {device_type} cannot be; --backend=auto takes what can'),
+        (ddp and device_type == 'mps', 'several processes cannot share an Apple GPU; --device=cpu'),
         (wandb_log and find_spec('wandb') is None, 'wandb_log=True takes: pip install wandb'),
         (device_type == 'cuda' and local_world_size > torch.cuda.device_count(),
          f'{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs'),
@@ -127,7 +129,7 @@ with one_line_errors():
     meta = load_meta(dataset)
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded to a multiple of 64
     tokenizer = tokenizer_record(meta)
-    data = {split: open_bin(dataset, split, block_size, vocab_size) for split in ('train', 'val')}
+    data = {split: open_bin(dataset, split, block_size) for split in ('train', 'val')}
 
     iter_num, best_val_loss = 0, math.inf
     resumed, source = None, init_from
@@ -135,21 +137,21 @@ with one_line_errors():
     if init_from == 'scratch':
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                               bias=bias, vocab_size=vocab_size, dropout=dropout))
-    elif init_from == 'resume' or os.path.isfile(init_from) or init_from.endswith('.pt'):
+    elif init_from == 'resume' or init_from not in GPT2_NAMES and (
+            os.path.isfile(init_from) or init_from.endswith('.pt')):
         source = ckpt_path if init_from == 'resume' else init_from
         checkpoint = load_checkpoint(source)
         if checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f'{source} was trained on another vocabulary than that of dataset={dataset}')
         model = GPT(GPTConfig(**{**checkpoint['model_args'], 'dropout': dropout}))
         load_weights(model, checkpoint, source)
-        say(f'took the weights of {source}')
         resumed = checkpoint if init_from == 'resume' else None
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        say(f'took the weights of {source}')
-    if model.config.vocab_size < (meta['vocab_size'] if meta else 50257):
-        raise ValueError(f'{source} has a vocabulary of {model.config.vocab_size}, which is less than '
-                         f'that of dataset={dataset}')
+    needed = max([largest_id(ids) + 1 for ids in data.values()] + [meta['vocab_size'] if meta else 0])
+    if model.config.vocab_size < needed:
+        raise ValueError(f'{source} has a vocabulary of {model.config.vocab_size}, and dataset={dataset} '
+                         f'needs {needed}')
     if block_size > model.config.block_size:
         raise ValueError(f'block_size={block_size} is more than the {model.config.block_size} of {source}; '
                          f'set --block_size={model.config.block_size}')
@@ -168,6 +170,8 @@ with one_line_errors():
             scaler.load_state_dict(resumed['scaler'])
         iter_num, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
         say(f'resuming {source} at iteration {iter_num:,}, best val loss {best_val_loss:.4f}')
+    elif init_from != 'scratch':
+        say(f'starting from the weights of {source}')
     resumed = checkpoint = None  # a copy of everything, no longer needed
 
     if master_process and not eval_only:  # now, and not after hours
@@ -182,7 +186,8 @@ say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 say(f'{raw_model.config}')
 say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, {world_size} process'
     + (f'es over {backend}' if world_size > 1 else ''))
-say(f'mfu is measured against {peak / 1e12:.2f} TFLOP/s of {peak_source}')
+say(f'optimizer: {"fused " if optimizer.defaults["fused"] else ""}AdamW')
+say(f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}')
 
 model = torch.compile(raw_model) if compile else raw_model
 bare_model = model  # without DDP around it: what is evaluated
@@ -265,7 +270,8 @@ def get_lr(it):
 
 
 def hours(seconds):
-    return f'{seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m{seconds % 60:02.0f}s'
+    minutes, seconds = divmod(round(seconds), 60)
+    return f'{minutes // 60}h{minutes % 60:02}m{seconds:02}s'
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -273,12 +279,16 @@ def hours(seconds):
 log = lambda values: None  # stands in for wandb when it is off
 if wandb_log and master_process:
     import wandb
-    log = wandb.init(project=wandb_project, name=wandb_run_name, config=config).log
+    with one_line_errors():
+        try:
+            log = wandb.init(project=wandb_project, name=wandb_run_name, config=config).log
+        except wandb.Error as error:
+            raise ValueError(f'wandb: {error} Or set WANDB_MODE=offline, or --wandb_log=False') from None
 
 
 def synchronize():
-    if device_type == 'cuda':
-        torch.cuda.synchronize()
+    if device_type != 'cpu':
+        getattr(torch, device_type).synchronize()
 
 
 first_iter = iter_num
@@ -289,11 +299,12 @@ seconds, timed = 0.0, 0  # of how many iterations since the last log line, evalu
 clock = time.perf_counter()
 
 while True:
+    # 1. the learning rate
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
 
-    # evaluate, save, and end after the last update
+    # 2. evaluate, save, and end after the last update
     finished = iter_num >= max_iters
     if finished or eval_only or eval_interval and iter_num % eval_interval == 0:
         synchronize()
@@ -313,7 +324,7 @@ while True:
     if finished or eval_only:
         break
 
-    # gradients of this process's micro-batches, reduced over the processes after the last of them
+    # 3. gradients of this process's micro-batches, reduced over the processes after the last of them
     loss_sum = torch.zeros((), device=device)
     for index in share:
         last = index + world_size >= gradient_accumulation_steps
@@ -327,7 +338,7 @@ while True:
             scaler.scale(loss * world_size).backward()  # DDP takes the mean, here the sum is meant
         loss_sum += loss.detach()
 
-    # clip and step
+    # 4. clip and step
     if grad_clip:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
@@ -335,7 +346,7 @@ while True:
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
-    # log
+    # 5. log
     timed += 1
     if log_interval and iter_num % log_interval == 0:
         if ddp:

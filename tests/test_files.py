@@ -102,13 +102,19 @@ def test_ids_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize('content, message', [
     (None, 'is not there; datasets with a prepare.py are .*python_char'),
-    (b'abc', ': 3 bytes'), (b'ab' * 8, ': 8 tokens; the most is --block_size=7'),
-    (np.full(50, 77, np.uint16).tobytes(), 'token 77')])
+    (b'abc', ': 3 bytes'), (b'ab' * 8, ': 8 tokens; the most is --block_size=7')])
 def test_a_bin_is_checked_before_it_is_used(tmp_path, content, message):
     if content is not None:
         (tmp_path / 'train.bin').write_bytes(content)
     with pytest.raises((ValueError, OSError), match=message):
-        bins.open_bin(tmp_path, 'train', block_size=8, vocab_size=65)
+        bins.open_bin(tmp_path, 'train', block_size=8)
+
+
+def test_the_largest_id_of_a_sample(tmp_path):
+    ids = np.arange(5000, dtype=np.uint16)
+    ids.tofile(tmp_path / 'train.bin')
+    assert bins.largest_id(bins.open_bin(tmp_path, 'train', block_size=8)) == 4999
+    assert bins.largest_id(ids[:9]) == 8
 
 
 def test_windows_against_a_loop(tmp_path):
@@ -131,6 +137,8 @@ def test_meta_that_carries_code_or_is_broken_is_refused(tmp_path):
             bins.load_meta(tmp_path)
     assert not (tmp_path / 'boom').exists()
     assert bins.load_meta(tmp_path / 'elsewhere') is None
+    path.write_bytes(pickle.dumps({'vocab_size': 4, 'itos': ['a', 'b']}))  # padded, and a list
+    assert bins.tokenizer_record(bins.load_meta(tmp_path)) == {'kind': 'char', 'itos': ['a', 'b']}
 
 
 # -----------------------------------------------------------------------------
@@ -151,6 +159,16 @@ def test_a_checkpoint_there_and_back(saved):
     assert fresh.param_groups[0]['betas'] == (0.8, 0.9) and fresh.param_groups[0]['weight_decay'] == 0.5
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(optimizer.state[p]['exp_avg_sq'], fresh.state[q]['exp_avg_sq'])
+
+
+def test_the_optimizer_of_another_model_is_refused(saved, tmp_path):
+    path, _, _ = saved
+    state = load_checkpoint(path)['optimizer']
+    for wrong in (dict(n_embd=8), dict(n_embd=32), dict(n_layer=3), dict(bias=True)):
+        args = {**dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False), **wrong}
+        other = GPT(GPTConfig(**args)).configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+        with pytest.raises(ValueError, match='other parameters'):
+            load_optimizer(other, state, path)
 
 
 def test_a_wrapper_is_not_saved(saved, tmp_path):

@@ -176,10 +176,50 @@ def test_a_configuration_checks_itself(wrong):
         GPTConfig(**wrong)
 
 
+@pytest.mark.parametrize('part', ['attn', 'mlp'])
+def test_dropout_in_each_part_of_a_block(part):
+    model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    part, x = getattr(model.transformer.h[0], part), torch.randn(1, 16, 16)
+    assert not torch.equal(part(x), part(x))
+    part.eval()
+    assert torch.equal(part(x), part(x))
+
+
+def test_dropout_of_the_attention_weights():
+    model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    attention, x = model.transformer.h[0].attn, torch.randn(1, 16, 16)
+    attention.resid_dropout.eval()
+    assert not torch.equal(attention(x), attention(x))
+
+
+def test_weights_that_are_missing_are_named(hf_directory, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(hf_directory, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / 'model.safetensors')
+    del weights['transformer.h.1.mlp.c_fc.weight']
+    save_file(weights, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(ValueError, match='h.1.mlp.c_fc.weight'):
+        GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize('native, dtype', [(True, 'bfloat16'), (False, 'float16')])
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: native)
+    assert choose_device() == ('cuda', dtype, True)
+    assert choose_device('cuda:1', compile=False) == ('cuda:1', dtype, False)
+    assert choose_device('cpu') == ('cpu', 'float32', False)
+    with pytest.raises(ValueError, match='cuda:2'):
+        choose_device('cuda:2')
+
+
 def test_choosing_the_device():
     assert choose_device('cpu') == ('cpu', 'float32', False)
     assert choose_device('cpu', 'bfloat16', True) == ('cpu', 'bfloat16', True)
-    for wrong in (dict(device='gpu'), dict(device='cuda:99'), dict(device='cpu', dtype='int8'),
-                  dict(device='cpu', compile='yes')):
+    for wrong in (dict(device='gpu'), dict(device=True), dict(device='cuda:99'),
+                  dict(device='cpu', dtype='int8'), dict(device='cpu', compile='yes')):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             choose_device(**wrong)

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL, run, train
 
 
@@ -71,12 +72,43 @@ def test_a_model_meets_only_its_own_vocabulary(tmp_path, dataset):
     assert 'another vocabulary' in error and error.count('\n') == 1
     _, error = run('train.py', cwd=tmp_path, code=1, **{**settings, 'dataset': dataset, 'block_size': 32})
     assert 'block_size=32 is more than the 16' in error
+    np.full(100, 500, dtype=np.uint16).tofile(other / 'val.bin')
+    (other / 'meta.pkl').unlink()  # so the ids are taken for GPT-2's, and the model for one of them
+    checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    del checkpoint['tokenizer']
+    torch.save(checkpoint, tmp_path / 'out/ckpt.pt')
+    _, error = run('train.py', cwd=tmp_path, code=1, **settings)
+    assert 'needs 501' in error and error.count('\n') == 1
 
 
 def prepare(folder, cwd):
     done = subprocess.run([sys.executable, folder / 'prepare.py'], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_padding_of_the_vocabulary_is_never_drawn(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    path = tmp_path / 'out/ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    known = len(checkpoint['tokenizer']['itos'])
+    for key in ('transformer.wte.weight', 'lm_head.weight'):  # 50 rows that win every draw
+        table = checkpoint['model'][key]
+        checkpoint['model'][key] = torch.cat((table, table.mean(0) + 9 * torch.randn(50, 16)))
+    checkpoint['model_args']['vocab_size'] = known + 50
+    torch.save(checkpoint, path)
+    out, _ = run('sample.py', cwd=tmp_path, num_samples=1, max_new_tokens=100, start='the', top_k=0)
+    assert len(out.split('the', 1)[1]) > 100
+
+
+def test_a_classic_checkpoint_whose_dataset_is_gone(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    del checkpoint['tokenizer']
+    checkpoint['config']['dataset'] = 'gone'
+    torch.save(checkpoint, tmp_path / 'out/ckpt.pt')
+    _, error = run('sample.py', cwd=tmp_path, code=1)
+    assert 'data/gone/meta.pkl' in error and error.count('\n') == 1
 
 
 def test_prepare_shakespeare_char(clone, tmp_path):

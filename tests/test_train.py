@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import CLASSIC_MODEL_ARGS, SMALL, run, train
 
+from checkpoint import load_checkpoint
+
 
 def weights(out_dir, name='ckpt.pt'):
     return torch.load(out_dir / name, weights_only=True)['model']
@@ -117,9 +119,8 @@ def test_eval_only_writes_nothing(tmp_path, dataset):
 
 
 @pytest.mark.parametrize('extra', [
-    dict(dropout=0.2, gradient_accumulation_steps=3), dict(dtype='float16', dropout=0.1),
-    dict(dtype='bfloat16')],
-    ids=['float32', 'float16', 'bfloat16'])
+    dict(dropout=0.2, gradient_accumulation_steps=3), dict(dtype='float16', dropout=0.1)],
+    ids=['float32', 'float16'])
 def test_resume_equals_no_interruption_bit_for_bit(tmp_path, dataset, extra):
     whole, _, _ = train(tmp_path, dataset, out_dir='whole', **extra)
     first, _, _ = train(tmp_path, dataset, out_dir='parts', **{**extra, 'max_iters': 10})
@@ -155,11 +156,40 @@ def test_gradients_are_clipped_by_their_norm(trainer):
         torch.testing.assert_close(c, m * 0.01 / norm, atol=1e-8, rtol=1e-3)
 
 
-def test_float16_with_its_scaler_follows_float32(trainer):
-    names, reference = (trainer(dtype=dtype, max_iters=20) for dtype in ('float16', 'float32'))
-    assert names['scaler'].get_scale() == 65536.0  # it is on, and found no overflow
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_16_bits_follow_float32(trainer, dtype):
+    """ Clipped hard, so that gradients that a scaler has multiplied and not divided would show. """
+    settings = dict(max_iters=20, grad_clip=0.1)
+    names, reference = trainer(dtype=dtype, **settings), trainer(dtype='float32', **settings)
+    assert names['scaler'].is_enabled() == (dtype == 'float16')
+    assert names['scaler'].get_scale() == (65536.0 if dtype == 'float16' else 1.0)  # no overflow was found
     assert names['lossf'] == pytest.approx(reference['lossf'], abs=0.02)
     assert names['lossf'] != reference['lossf']
+    p, q = names['raw_model'].lm_head.weight, reference['raw_model'].lm_head.weight
+    moments = names['optimizer'].state[p]['exp_avg'], reference['optimizer'].state[q]['exp_avg']
+    assert (moments[0] - moments[1]).norm() < 0.1 * moments[1].norm()
+
+
+def test_the_optimizer_steps_with_the_rate_of_its_iteration(trainer):
+    names = trainer(max_iters=1, warmup_iters=4, weight_decay=0.0, grad_clip=0.0)
+    for p, fresh in zip(names['raw_model'].parameters(), trainer()['raw_model'].parameters()):
+        step = (p - fresh).abs().max().item()  # AdamW's first step is the rate times the sign
+        assert step == pytest.approx(0.01 / 5, rel=0.01)
+    names = trainer(max_iters=6, warmup_iters=4, lr_decay_iters=12)
+    assert [g['lr'] for g in names['optimizer'].param_groups] == [names['get_lr'](6)] * 2
+    assert names['get_lr'](6) not in (names['get_lr'](5), names['get_lr'](7), 1e-2)
+
+
+def test_dropout_is_on_after_an_evaluation_and_a_function_of_iteration_and_micro_batch(trainer):
+    names = trainer(max_iters=2, dropout=0.5, gradient_accumulation_steps=2, decay_lr=False,
+                    learning_rate=0.0)
+    model, expected = names['raw_model'], 0.0
+    for index in range(2):
+        torch.manual_seed(int(np.random.SeedSequence((1337, 2, 1, index)).generate_state(1, np.uint64)[0]))
+        expected += model(*names['get_batch']('train', index, 1))[1].item() / 2
+    assert model.training and names['lossf'] == pytest.approx(expected, abs=1e-6)
+    names['estimate_loss']()
+    assert model.training
 
 
 def test_resume_takes_every_setting_of_the_optimizer_from_the_command_line(script_globals, tmp_path, dataset):
@@ -170,6 +200,20 @@ def test_resume_takes_every_setting_of_the_optimizer_from_the_command_line(scrip
     assert decay['betas'] == (0.9, 0.5) and (decay['weight_decay'], rest['weight_decay']) == (0.03, 0.0)
     assert names['raw_model'].config.dropout == 0.3
     assert all(state['step'] == 20 for state in names['optimizer'].state.values())
+
+
+def test_resume_restores_the_scaler_and_the_best_loss(script_globals, tmp_path, dataset):
+    settings = {**SMALL, 'dataset': dataset, 'dtype': 'float16', 'always_save_checkpoint': False}
+    train(tmp_path, **{**settings, 'max_iters': 10})
+    path = tmp_path / 'out/ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['scaler']['scale'] = 1024.0
+    checkpoint['best_val_loss'] = 0.5
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
+    names = script_globals('train.py', **{**settings, 'init_from': 'resume', 'max_iters': 12})
+    assert names['scaler'].get_scale() == 1024.0 and names['best_val_loss'] == 0.5
+    assert path.read_bytes() == before  # not better than 0.5
 
 
 def test_resume_with_a_smaller_block_crops_the_moments_too(tmp_path, dataset):
@@ -213,14 +257,18 @@ def test_a_checkpoint_of_the_original_resumes(tmp_path, dataset):
 
 def test_fine_tuning_gpt2_keeps_its_gelu_in_a_key_of_its_own(tmp_path, dataset):
     import transformers
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=50, n_positions=24, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / 'hf')
-    train(tmp_path, dataset, init_from='hf', max_iters=3)  # block_size 16 of 24
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=24, n_embd=16, n_layer=1, n_head=2))
+    for p in hf.parameters():
+        torch.nn.init.normal_(p, std=1.0)  # far from 0, where the two forms of GELU differ
+    hf.save_pretrained(tmp_path / 'hf')
+    _, before, _ = train(tmp_path, dataset, init_from='hf', max_iters=3)  # block_size 16 of 24
     checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
     assert checkpoint['gelu'] == 'tanh' and 'gelu' not in checkpoint['model_args']
     assert checkpoint['model_args']['block_size'] == 16 and checkpoint['model_args']['vocab_size'] == 50
-    _, steps, _ = train(tmp_path, dataset, init_from='resume', max_iters=3)
-    assert list(steps) == [3]
+    _, after, _ = train(tmp_path, dataset, init_from='resume', max_iters=3)
+    assert after == {3: before[3]}
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['model_args']['gelu'] == 'tanh'
 
 
 # -----------------------------------------------------------------------------
