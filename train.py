@@ -291,7 +291,7 @@ def synchronize():
         getattr(torch, device_type).synchronize()
 
 
-first_iter = iter_num
+first_iter, saved = iter_num, False
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
 X, Y = get_batch('train', rank, iter_num)
 running_mfu = -1.0
@@ -316,6 +316,7 @@ while True:
         if improved := losses['val'] < best_val_loss:
             best_val_loss = losses['val']
         wanted = (improved or always_save_checkpoint) and iter_num > first_iter and not eval_only
+        saved = saved or wanted
         if wanted and master_process:
             say(f'saving checkpoint to {out_dir}')
             save_checkpoint(ckpt_path, raw_model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
@@ -365,7 +366,10 @@ while True:
 
 if not eval_only and iter_num == first_iter:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
-elif not eval_only:
+elif saved or init_from == 'resume':
     say(f'best val loss {best_val_loss:.4f}; try: python sample.py --out_dir={out_dir}')
+elif not eval_only:
+    say(f'best val loss {best_val_loss:.4f}, before the first update, so that nothing was saved; '
+        '--always_save_checkpoint=True saves all the same')
 if ddp:
     dist.destroy_process_group()

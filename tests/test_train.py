@@ -107,6 +107,13 @@ def test_only_the_best_is_kept_without_always_save_checkpoint(tmp_path, dataset)
     assert again[checkpoint['iter_num']] == steps[checkpoint['iter_num']]
 
 
+def test_a_run_that_only_got_worse_says_that_it_saved_nothing(tmp_path, dataset):
+    train(tmp_path, dataset)
+    _, _, out = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='worse', decay_lr=False,
+                      learning_rate=1.0, always_save_checkpoint=False, max_iters=3)
+    assert 'nothing was saved' in out and not (tmp_path / 'worse/ckpt.pt').exists()
+
+
 def test_eval_only_writes_nothing(tmp_path, dataset):
     iters, steps, _ = train(tmp_path, dataset, eval_only=True)
     assert not iters and list(steps) == [0]
