@@ -364,11 +364,13 @@ while True:
         clock = time.perf_counter()
     iter_num += 1
 
-if not eval_only and iter_num == first_iter:
+if eval_only:
+    pass
+elif iter_num == first_iter:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
 elif saved or init_from == 'resume':
     say(f'best val loss {best_val_loss:.4f}; try: python sample.py --out_dir={out_dir}')
-elif not eval_only:
+else:
     say(f'best val loss {best_val_loss:.4f}, before the first update, so that nothing was saved; '
         '--always_save_checkpoint=True saves all the same')
 if ddp:
