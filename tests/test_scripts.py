@@ -121,6 +121,22 @@ def test_prepare_shakespeare_char(clone, tmp_path):
     assert f'{len(set(text))} of them distinct' in out
 
 
+@pytest.mark.parametrize('word', ['THE', 'THIS'])
+def test_prepare_holmes_cuts_off_what_is_gutenbergs(clone, tmp_path, word):
+    story = 'To Sherlock Holmes she is always THE woman.\n\nI have seldom heard him mention her.\n'
+    text = ('\ufeffProject Gutenberg header, licence\n'
+            f'*** START OF {word} PROJECT GUTENBERG EBOOK A\nTITLE ***\n\n'
+            f'Produced by a volunteer\nand another\n\n\n{story}\n\n'
+            'End of the Project Gutenberg EBook of A Title\n'
+            f'*** END OF {word} PROJECT GUTENBERG EBOOK A TITLE ***\nTHE FULL PROJECT GUTENBERG LICENSE\n')
+    folder = clone / 'data/holmes'
+    (folder / 'input.txt').write_bytes(text.replace('\n', '\r\n').encode())
+    prepare(folder, tmp_path)
+    itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
+    ids = np.concatenate([np.fromfile(folder / name, dtype=np.uint16) for name in ('train.bin', 'val.bin')])
+    assert ''.join(itos[i] for i in ids.tolist()) == story
+
+
 def test_prepare_python_char(clone, tmp_path):
     folder = clone / 'data/python_char'
     out = prepare(folder, tmp_path)
