@@ -60,10 +60,7 @@ def whole_file(path):
 
 
 def download(url, path, digest=None):
-    """
-    Fetches `url` into `path`, unless something is there already. Raises OSError, with what to do
-    instead, on any failure or another SHA-256 than `digest`.
-    """
+    """ Fetches `url` into `path`, if nothing is there. Raises OSError on failure or another SHA-256. """
     if path.exists():
         return
     from tqdm import tqdm
@@ -72,8 +69,9 @@ def download(url, path, digest=None):
             with urllib.request.urlopen(url, timeout=30) as reply, open(temporary, 'wb') as f:
                 with tqdm.wrapattr(f, 'write', getattr(reply, 'length', None), desc=path.name) as out:
                     shutil.copyfileobj(reply, out)
-            if digest and sha256(temporary.read_bytes()).hexdigest() != digest:
-                raise OSError('what came is not the text that was expected')
+            broken_off = getattr(reply, 'length', 0)  # what the server announced and did not send
+            if broken_off or digest and sha256(temporary.read_bytes()).hexdigest() != digest:
+                raise OSError('what came is not the whole text that was expected')
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f'could not download {url} ({error}). Save that text as {path} and run this '
                       'again, or run data/python_char/prepare.py, which needs no network') from None

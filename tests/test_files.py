@@ -1,5 +1,7 @@
 """ What is on disk: whole or absent, data and not programs, old forms understood. """
+import http.server
 import pickle
+import threading
 import urllib.request
 
 import numpy as np
@@ -54,7 +56,7 @@ def test_download(tmp_path, monkeypatch):
     source.write_text('To be, or not to be')
     digest = '1e40efb84050f92618e2c430742f44254771cf7465e7cd3f3aecf2fb8e7ed3d2'
     path = tmp_path / 'input.txt'
-    with pytest.raises(OSError, match=r'not the text that was expected.*input\.txt.*python_char'):
+    with pytest.raises(OSError, match=r'not the whole text that was expected.*input\.txt.*python_char'):
         bins.download(source.as_uri(), path, digest)
     with pytest.raises(OSError, match=r'Save that text as .*input\.txt.*python_char'):
         bins.download((tmp_path / 'missing').as_uri(), path, digest)
@@ -63,6 +65,29 @@ def test_download(tmp_path, monkeypatch):
     assert path.read_text() == source.read_text()
     monkeypatch.setattr(urllib.request, 'urlopen', None)  # a file that is there is used as it is
     bins.download('http://nowhere', path, digest)
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path):
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404 if self.path == '/missing' else 200)
+            self.send_header('Content-Length', '1000')
+            self.end_headers()
+            self.wfile.write(b'x' * (400 if self.path == '/half' else 1000))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(('127.0.0.1', 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, path = f'http://127.0.0.1:{server.server_port}', tmp_path / 'input.txt'
+    for name, message in (('half', 'not the whole text'), ('missing', '404')):
+        with pytest.raises(OSError, match=message):
+            bins.download(f'{url}/{name}', path)
+        assert not list(tmp_path.iterdir())
+    bins.download(f'{url}/all', path)
+    server.shutdown()
+    assert path.read_text() == 'x' * 1000
 
 
 # -----------------------------------------------------------------------------
