@@ -107,11 +107,12 @@ print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
       f'{torch.get_num_threads()} threads; a step is {tokens:,} tokens, {flops / 1e12:.3f} TFLOP')
 warm_up, timed = 10, 20
+traced = 5 if profile else 0
 expected = flops / peak / 0.5  # at half of the peak
-if (warm_up + timed) * expected > patience:
-    warm_up, timed = 1, max(3, min(20, int(patience / expected) - 1))
-    print(f'a step may take {expected:.0f} s: {warm_up} to warm up and {timed} timed '
-          f'instead of 10 and 20, in about {(warm_up + timed) * expected / 60:.0f} minutes', flush=True)
+if (warm_up + timed + traced) * expected > patience:
+    warm_up, timed, traced = 1, max(3, min(20, int(patience / expected) - 1)), min(traced, 1)
+    print(f'a step may take {expected:.0f} s: {warm_up} to warm up and {timed} timed instead of 10 and 20, '
+          f'in about {(warm_up + timed + traced) * expected / 60:.0f} minutes', flush=True)
 
 X, Y = get_batch()
 for _ in range(warm_up):
@@ -124,7 +125,7 @@ if profile:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities,
                                 on_trace_ready=torch.profiler.tensorboard_trace_handler('bench_log')):
-        for _ in range(min(5, timed)):
+        for _ in range(traced):
             step()
     print('a trace of the step is in ./bench_log; the times below are without the profiler')
 seconds, loading = zip(*(step() for _ in range(timed)))

@@ -9,7 +9,7 @@ A run on disk: ckpt.pt, one torch.save of a dict that any reader of the nanoGPT 
     config          all settings of the run
     gelu            ours: the form of GELU; old files, and those without it, mean 'exact'
     tokenizer       ours: what bins.tokenizer_record keeps of the dataset's tokenizer
-    scaler          ours: state dict of the GradScaler, of float16 runs
+    scaler          ours: state dict of the GradScaler, empty where it was off
 
 In memory `model_args` is whatever GPTConfig takes, so gelu is among them there.
 """
@@ -49,7 +49,7 @@ def save_checkpoint(path, model, optimizer, **fields):
         torch.save(plain(checkpoint), temporary)
 
 
-def load_checkpoint(path, required=('model', 'model_args')):
+def load_checkpoint(path):
     """
     Reads `path` as data, on the CPU; nothing in it is run. Old forms come back in the current one.
     Raises FileNotFoundError, or ValueError that says what is wrong with the file.
@@ -65,7 +65,7 @@ def load_checkpoint(path, required=('model', 'model_args')):
 
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint')
-    if missing := [key for key in required if key not in checkpoint]:
+    if missing := [key for key in ('model', 'model_args') if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}')
     if not isinstance(checkpoint['model'], dict) or not isinstance(checkpoint['model_args'], dict):
         raise ValueError(f'{path}: its model and model_args are not the dicts of a checkpoint')

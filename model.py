@@ -185,7 +185,9 @@ class GPT(nn.Module):
         if not (model_type in GPT2_NAMES or os.path.isdir(model_type) or model_type.count('/') == 1):
             raise ValueError(f"no model {model_type!r}: not one of {', '.join(GPT2_NAMES)}, not a directory "
                              'or checkpoint that is there, not namespace/name on the hub')
-        if os.path.isdir(model_type) and not os.path.exists(os.path.join(model_type, 'config.json')):
+        if model_type in GPT2_NAMES:
+            model_type = f'openai-community/{model_type}'  # not a folder of that name that happens to be here
+        elif os.path.isdir(model_type) and not os.path.exists(os.path.join(model_type, 'config.json')):
             raise ValueError(f'{model_type} has no config.json of a Hugging Face model; a checkpoint is '
                              f'named by its file, as {os.path.join(model_type, "ckpt.pt")}')
         from transformers import AutoConfig, GPT2LMHeadModel
@@ -290,7 +292,7 @@ GPU_PEAKS = {
 def choose_device(device='auto', dtype='auto', compile='auto'):
     """
     Puts what this machine is best at in the place of each 'auto' -> device, dtype, compile.
-    Raises ValueError for a device that is not there or a dtype that it does not compute in.
+    Raises ValueError for a device that is not there, and for words that it does not know.
     """
     if device == 'auto':
         device = ('cuda' if torch.cuda.is_available() else
@@ -301,7 +303,7 @@ def choose_device(device='auto', dtype='auto', compile='auto'):
         raise ValueError(f"device={device!r} must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if int(index or 0) >= there[kind]:
         raise ValueError(f'device={device}: {there[kind] or "none"} here; --device=auto takes what is')
-    native = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = kind == 'cuda' and torch.cuda.get_device_capability(int(index or 0)) >= (8, 0)  # Ampere
     if dtype == 'auto':
         dtype = 'float32' if kind != 'cuda' else 'bfloat16' if native else 'float16'
     if dtype not in ('float32', 'bfloat16', 'float16'):

@@ -73,6 +73,7 @@ with one_line_errors():
 
 device_type = device.partition(':')[0]
 if device_type == 'cuda':
+    torch.cuda.set_device(torch.device(device).index or 0)
     torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
 autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}')

@@ -30,7 +30,7 @@ out_dir = 'out'               # folder of ckpt.pt, made where it is missing
 eval_interval = 2000          # iterations between evaluations; 0: only after the last
 log_interval = 1              # iterations between log lines; 0: none
 eval_iters = 200              # batches an evaluation reads of each split; -1: all of val, as much of train
-eval_only = False             # evaluate once, write nothing, exit
+eval_only = False             # evaluate once, write nothing to out_dir, exit
 always_save_checkpoint = True  # save at every evaluation; False: only at the lowest validation loss so far
 init_from = 'scratch'         # scratch; resume (out_dir/ckpt.pt); auto (resume if it is there, else scratch);
                               # gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face directory; its name on
@@ -90,7 +90,8 @@ with one_line_errors():
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
     for broken, message in (
-        (batch_size < 1, f'batch_size={batch_size} must be at least 1'),
+        (min(batch_size, block_size) < 1,
+         f'batch_size={batch_size} and block_size={block_size} must be at least 1'),
         (gradient_accumulation_steps < world_size,
          f'gradient_accumulation_steps={gradient_accumulation_steps} is less than the number of processes, '
          f'{world_size}, and each needs a micro-batch'),
@@ -286,11 +287,6 @@ if wandb_log and master_process:
             raise ValueError(f'wandb: {error} Or set WANDB_MODE=offline, or --wandb_log=False') from None
 
 
-def synchronize():
-    if device_type != 'cpu':
-        getattr(torch, device_type).synchronize()
-
-
 first_iter, saved = iter_num, False
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
 X, Y = get_batch('train', rank, iter_num)
@@ -307,7 +303,8 @@ while True:
     # 2. evaluate, save, and end after the last update
     finished = iter_num >= max_iters
     if finished or eval_only or eval_interval and iter_num % eval_interval == 0:
-        synchronize()
+        if device_type != 'cpu':
+            getattr(torch, device_type).synchronize()
         seconds += time.perf_counter() - clock
         losses = estimate_loss()
         say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -315,7 +312,8 @@ while True:
              'mfu': running_mfu * 100})
         if improved := losses['val'] < best_val_loss:
             best_val_loss = losses['val']
-        wanted = (improved or always_save_checkpoint) and iter_num > first_iter and not eval_only
+        wanted = improved or always_save_checkpoint and math.isfinite(losses['val'])
+        wanted = wanted and iter_num > first_iter and not eval_only
         saved = saved or wanted
         if wanted and master_process:
             say(f'saving checkpoint to {out_dir}')
@@ -355,7 +353,7 @@ while True:
         lossf = loss_sum.item()  # waits for the device
         seconds += time.perf_counter() - clock
         dt = seconds / timed
-        if iter_num - first_iter >= 5:  # the first few warm up
+        if iter_num - first_iter >= max(5, timed):  # the first few warm up
             mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt, peak)
             running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
         say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '

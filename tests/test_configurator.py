@@ -111,7 +111,8 @@ def test_help_is_the_block_at_the_top(configure, capsys):
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'data/python_char/prepare.py',
-                                    'data/shakespeare_char/prepare.py'])
+                                    'data/shakespeare_char/prepare.py', 'data/shakespeare/prepare.py',
+                                    'data/holmes/prepare.py'])
 def test_every_script_has_help_and_refuses_an_unknown_setting(tmp_path, script):
     out, _ = run(script, '--help', cwd=tmp_path)
     assert len(out) > 200

@@ -204,11 +204,11 @@ def test_weights_that_are_missing_are_named(hf_directory, tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize('native, dtype', [(True, 'bfloat16'), (False, 'float16')])
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch, native, dtype):
+@pytest.mark.parametrize('capability, dtype', [((8, 0), 'bfloat16'), ((7, 5), 'float16')])
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
     assert choose_device() == ('cuda', dtype, True)
     assert choose_device('cuda:1', compile=False) == ('cuda:1', dtype, False)
     assert choose_device('cpu') == ('cpu', 'float32', False)

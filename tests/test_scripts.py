@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def test_the_tokenizer_travels_in_the_checkpoint(tmp_path, dataset):
     ('train.py', 'device=cuda:99', dict(device='cuda:99')),
     ('train.py', 'eval_iters=0', dict(eval_iters=0)),
     ('train.py', 'n_embd=17', dict(n_embd=17)),
+    ('train.py', 'block_size=0', dict(block_size=0)),
     ('sample.py', 'no checkpoint elsewhere/ckpt.pt', dict(out_dir='elsewhere')),
     ('sample.py', 'temperature', dict(temperature=0)),
     ('sample.py', "No such file or directory: 'prompt.txt'", dict(start='FILE:prompt.txt')),
@@ -152,7 +154,8 @@ def test_prepare_python_char(clone, tmp_path):
 def test_bench(tmp_path, dataset):
     out, _ = run('bench.py', cwd=tmp_path, dataset=dataset, n_layer=1, n_head=2, n_embd=16, block_size=16,
                  batch_size=2, profile=True, device='cpu')
-    for part in ('time per iteration: ', 'ms, MFU: ', 'tokens/s', 'peak memory', 'loading', 'median of 20'):
+    for part in ('time per iteration: ', 'ms, MFU: ', 'tokens/s', 'peak memory', 'loading', 'median of 20',
+                 'MFU against'):
         assert part in out
     trace, = (tmp_path / 'bench_log').glob('*.json')
     assert json.loads(trace.read_text())['traceEvents']
@@ -179,9 +182,14 @@ def test_start_up_imports_nothing_that_is_not_needed(tmp_path):
     assert not loaded & {'transformers', 'datasets', 'wandb', 'tiktoken', 'matplotlib'}
 
 
-def test_wandb_offline(tmp_path, dataset):
-    _, _, out = train(tmp_path, dataset, max_iters=2, wandb_log=True)
+def test_wandb_offline(tmp_path, dataset, script_globals, monkeypatch):
+    train(tmp_path, dataset, max_iters=2, wandb_log=True)
     assert list((tmp_path / 'wandb').glob('offline-run-*'))
+    import wandb
+    logged = []
+    monkeypatch.setattr(wandb, 'init', lambda **kwargs: types.SimpleNamespace(log=logged.append))
+    script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 2, 'wandb_log': True})
+    assert [list(values) for values in logged] == [['iter', 'train/loss', 'val/loss', 'lr', 'mfu']] * 2
 
 
 def test_a_hugging_face_directory_brings_its_tokenizer(tmp_path):

@@ -1,11 +1,13 @@
 """ Training: the schedule, the gradients, resuming, many processes. Real runs of the real script. """
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSIC_MODEL_ARGS, SMALL, run, train
 
+import checkpoint as checkpoint_module
 from checkpoint import load_checkpoint
 
 
@@ -112,6 +114,38 @@ def test_a_run_that_only_got_worse_says_that_it_saved_nothing(tmp_path, dataset)
     _, _, out = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='worse', decay_lr=False,
                       learning_rate=1.0, always_save_checkpoint=False, max_iters=3)
     assert 'nothing was saved' in out and not (tmp_path / 'worse/ckpt.pt').exists()
+
+
+def test_a_model_without_a_loss_does_not_replace_one_that_had_one(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=10)
+    before = (tmp_path / 'out/ckpt.pt').read_bytes()
+    _, steps, _ = train(tmp_path, dataset, init_from='resume', decay_lr=False, learning_rate=1e30)
+    assert math.isnan(steps[20][1]) and (tmp_path / 'out/ckpt.pt').read_bytes() == before
+
+
+def test_the_clock_stops_while_a_checkpoint_is_saved(trainer, monkeypatch, capsys):
+    """ On a clock that ticks a millisecond at each look, and half an hour while saving. """
+    clock = [0.0]
+
+    def look():
+        clock[0] += 0.001
+        return clock[0]
+
+    def save(*args, **kwargs):
+        clock[0] += 1800
+
+    trainer()  # what measures the peak has done so
+    monkeypatch.setattr(time, 'perf_counter', look)
+    monkeypatch.setattr(checkpoint_module, 'save_checkpoint', save)
+    trainer(max_iters=24, eval_interval=6, log_interval=4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('iter ')]
+    assert len(lines) == 6 and clock[0] > 4 * 1800
+    for line, iterations in zip(lines, (1, 4, 4, 4, 4, 4)):
+        seconds = float(line.split('time ')[1].split('ms')[0]) / 1000
+        assert 0.001 / iterations - 1e-5 <= seconds <= 0.002
+        assert line.endswith('0h00m00s left')
+        tokens = float(line.split('%, ')[1].split(' tokens/s')[0].replace(',', ''))
+        assert tokens == pytest.approx(64 / seconds, rel=0.02)
 
 
 def test_eval_only_writes_nothing(tmp_path, dataset):
@@ -284,17 +318,25 @@ def test_fine_tuning_gpt2_keeps_its_gelu_in_a_key_of_its_own(tmp_path, dataset):
 @pytest.fixture(scope='module')
 def single_process(tmp_path_factory, dataset):
     folder = tmp_path_factory.mktemp('single')
-    return train(folder, dataset, gradient_accumulation_steps=4, dropout=0.1, eval_iters=3)
+    return train(folder, dataset, gradient_accumulation_steps=4, dropout=0.1, eval_iters=-1)
 
 
 @pytest.mark.parametrize('processes', [2, 3, 4])  # three: uneven shares
 def test_many_processes_give_the_losses_of_one(tmp_path, dataset, single_process, processes):
     iters, steps, out = train(tmp_path, dataset, processes=processes, gradient_accumulation_steps=4,
-                              dropout=0.1, eval_iters=3)
+                              dropout=0.1, eval_iters=-1)
     assert f'{processes} processes over gloo' in out
     assert iters == pytest.approx(single_process[0], abs=1.01e-4) and len(iters) == 20  # printed digits
     for it, losses in single_process[1].items():
         assert steps[it] == pytest.approx(losses, abs=1.01e-4)
+
+
+def test_resumed_by_another_number_of_processes(tmp_path, dataset, single_process):
+    settings = dict(gradient_accumulation_steps=4, dropout=0.1, eval_iters=-1)
+    first, _, _ = train(tmp_path, dataset, processes=2, max_iters=10, **settings)
+    rest, steps, _ = train(tmp_path, dataset, processes=3, init_from='resume', **settings)
+    assert {**first, **rest} == pytest.approx(single_process[0], abs=1.01e-4) and min(rest) == 10
+    assert steps[20] == pytest.approx(single_process[1][20], abs=1.01e-4)
 
 
 def test_more_processes_than_micro_batches_are_refused(tmp_path, dataset):
