@@ -80,9 +80,9 @@ def train(cwd, dataset, **settings):
 @pytest.fixture
 def script_globals(monkeypatch, tmp_path, dataset):
     """ script_globals('train.py', ...) runs a script in this process -> its variables and functions. """
-    def execute(name, **settings):
+    def execute(name, *args, **settings):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', [name, *flags(settings)])
+        monkeypatch.setattr(sys, 'argv', [name, *args, *flags(settings)])
         names = {'__name__': '__main__', '__file__': str(ROOT / name)}
         exec(compile((ROOT / name).read_text(), name, 'exec'), names)
         return names
