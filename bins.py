@@ -2,19 +2,19 @@
 A dataset on disk, and the small things that everything on disk needs.
 
     data/<dataset>/train.bin, val.bin    little-endian uint16 token ids, one stream without borders
-    data/<dataset>/meta.pkl              character datasets alone: {'vocab_size', 'stoi', 'itos'}
+    data/<dataset>/meta.pkl              where the tokens are not GPT-2's: {'vocab_size', 'stoi', 'itos'} of
+                                         characters, {'vocab_size', 'tokenizer'} of a Hugging Face tokenizer
 
-Not here: which text and how it is split (data/*/prepare.py), which windows are read when (train.py).
+Not here: how texts become bins (data/texts.py), which windows are read when (train.py).
 """
-import http.client
 import os
 import pickle
 import shutil
 import sys
+import tempfile
 import time
-import urllib.request
-from contextlib import contextmanager
-from hashlib import sha256
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +25,35 @@ DATA = Path(__file__).resolve().parent / 'data'
 # errors and whole files
 
 @contextmanager
-def one_line_errors():
+def one_line_errors(scratch=None):
     """
     A ValueError, OSError or ImportError in the block ends the script with its message, one line, and
     exit code 1. Of a machine's processes the first speaks: torchrun ends the others while they wait.
+    The folder `scratch` goes with the block, unless that is killed or interrupted.
     """
+    message = None
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, BrokenExecutor) as error:
         if int(os.environ.get('LOCAL_RANK', 0)) > 0:
             time.sleep(15)
-        sys.exit(f'{Path(sys.argv[0]).name}: {" ".join(str(error).split())}')
+        message = f'{Path(sys.argv[0]).name}: {" ".join(str(error).split())}'
+    except KeyboardInterrupt:
+        if not scratch:
+            raise
+        sys.exit(f'{Path(sys.argv[0]).name}: interrupted; the same command takes up what is done')
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            scratch.parent.rmdir()
+    if message:
+        sys.exit(message)
+
+
+def check_disk(folder, size):
+    """ Raises OSError where `size` bytes do not fit on the disk of `folder`. """
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise OSError(f'{folder}: {size / 1e6:,.1f} MB are to be written, and {free / 1e6:,.1f} MB are free')
 
 
 @contextmanager
@@ -59,58 +77,8 @@ def whole_file(path):
         os.close(folder)
 
 
-def download(url, path, digest=None):
-    """ Fetches `url` into `path`, if nothing is there. Raises OSError on failure or another SHA-256. """
-    if path.exists():
-        return
-    from tqdm import tqdm
-    try:
-        with whole_file(path) as temporary:
-            with urllib.request.urlopen(url, timeout=30) as reply, open(temporary, 'wb') as f:
-                with tqdm.wrapattr(f, 'write', getattr(reply, 'length', None), desc=path.name) as out:
-                    shutil.copyfileobj(reply, out)
-            broken_off = getattr(reply, 'length', 0)  # what the server announced and did not send
-            if broken_off or digest and sha256(temporary.read_bytes()).hexdigest() != digest:
-                raise OSError('what came is not the whole text that was expected')
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f'could not download {url} ({error}). Save that text as {path} and run this '
-                      'again, or run data/python_char/prepare.py, which needs no network') from None
-
 # -----------------------------------------------------------------------------
 # bins
-
-def write_bin(path, ids):
-    """ Writes token ids, any integer array, as uint16. Raises ValueError where one does not fit. """
-    if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
-        raise ValueError(f'{path}: ids from {ids.min()} to {ids.max()} do not fit into uint16')
-    ids.astype('<u2').tofile(path)
-
-
-def write_chars(folder, text, chars=None):
-    """
-    Writes train.bin (the first 90% of the characters), val.bin (the rest) and meta.pkl, and prints
-    the counts. Ids number the sorted `chars`, by default those of the text itself.
-    """
-    if len(text) < 10:
-        raise ValueError(f'{folder}: a text of {len(text)} characters is too short to split')
-    chars = sorted(set(text) if chars is None else chars)
-    known = np.array([ord(c) for c in chars], dtype=np.uint32)
-    codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
-    ids = np.searchsorted(known, codes)
-    if (strange := known[np.minimum(ids, len(known) - 1)] != codes).any():
-        raise ValueError(f'the vocabulary lacks the character {text[strange.argmax()]!r}')
-    cut = int(len(ids) * 0.9)
-    stoi = {c: i for i, c in enumerate(chars)}
-    meta = {'vocab_size': len(chars), 'stoi': stoi, 'itos': dict(enumerate(chars))}
-    with (whole_file(folder / 'meta.pkl') as pkl, whole_file(folder / 'val.bin') as val,
-          whole_file(folder / 'train.bin') as train):  # all are written before the first is renamed
-        write_bin(train, ids[:cut])
-        write_bin(val, ids[cut:])
-        pkl.write_bytes(pickle.dumps(meta))
-    print(f'characters: {len(text):,}, {len(chars)} of them distinct')
-    print(f'train.bin: {cut:,} tokens')
-    print(f'val.bin: {len(ids) - cut:,} tokens')
-
 
 def open_bin(dataset, split, block_size):
     """
@@ -141,6 +109,10 @@ def windows(ids, starts, block_size):
 
 # -----------------------------------------------------------------------------
 # tokenizers
+#
+# A tokenizer is kept, in meta.pkl and in checkpoints, as a record of plain data: {'kind': 'gpt2'};
+# {'kind': 'char', 'itos': [characters]}; {'kind': 'hf', 'json': what tokenizer.json holds, 'end': the id
+# of end-of-text, or None}.
 
 class _DataOnly(pickle.Unpickler):
     def find_class(self, module, name):
@@ -162,37 +134,67 @@ def load_meta(dataset):
     return meta
 
 
+def meta_of(record, vocab_size):
+    """ What meta.pkl holds of a tokenizer; None of GPT-2's. """
+    if record['kind'] != 'char':
+        return {'vocab_size': vocab_size, 'tokenizer': record} if record['kind'] == 'hf' else None
+    itos = dict(enumerate(record['itos']))
+    return {'vocab_size': vocab_size, 'stoi': {c: i for i, c in itos.items()}, 'itos': itos}
+
+
 def tokenizer_record(meta):
-    """ What a checkpoint keeps of a dataset's tokenizer, plain data; None where meta has no characters. """
+    """ The other way round; None where meta.pkl knows a size and nothing else. """
     if meta is None:
         return {'kind': 'gpt2'}
-    return {'kind': 'char', 'itos': meta['itos']} if 'itos' in meta else None
+    return {'kind': 'char', 'itos': meta['itos']} if 'itos' in meta else meta.get('tokenizer')
+
+
+def hf_record(name):
+    """ The record of the tokenizer in a Hugging Face directory, or on the hub. """
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return {'kind': 'hf', 'json': tokenizer.backend_tokenizer.to_str(), 'end': tokenizer.eos_token_id}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f'{name}: no tokenizer there that tokenizer.json can hold ({error})') from None
 
 
 def get_tokenizer(record):
     """
-    `record`, as above or {'kind': 'hf', 'name': a Hugging Face directory} -> encode(text), decode(ids), size
-    of the vocabulary. Raises OSError where it can't be fetched; encode, ValueError at an unknown character.
+    -> encode(text, special=False), decode(ids), vocabulary size, id of end-of-text or None. With `special`,
+    the names of special tokens in a text ('<|endoftext|>') are those tokens, and not letters. Raises OSError
+    where GPT-2's can't be fetched; encode, ValueError at an unknown character.
     """
     if record['kind'] == 'char':
         itos = record['itos']
         stoi = {c: i for i, c in enumerate(itos)}
 
-        def encode(text):
+        def encode(text, special=False):
             if unknown := sorted(set(text) - set(stoi)):
                 raise ValueError(f'{"".join(unknown)!r} is not in the vocabulary, {"".join(itos)!r}')
             return [stoi[c] for c in text]
-        return encode, lambda ids: ''.join(itos[i] for i in ids), len(itos)
+        return encode, lambda ids: ''.join(itos[i] for i in ids), len(itos), None
 
     if record['kind'] == 'hf':
-        from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(record['name'])
-        return tokenizer.encode, tokenizer.decode, len(tokenizer)
+        from tokenizers import Tokenizer
+        hf = Tokenizer.from_str(record['json'])
+
+        def encode(text, special=False):
+            hf.encode_special_tokens = not special
+            return hf.encode(text, add_special_tokens=False).ids
+        decode = lambda ids: hf.decode(ids, skip_special_tokens=False)
+        return encode, decode, hf.get_vocab_size(), record['end']
 
     import tiktoken
     try:
         bpe = tiktoken.get_encoding('gpt2')
     except OSError as error:  # every error of requests is one
-        raise OSError(f"could not fetch GPT-2's tokenizer ({type(error).__name__}), which tiktoken keeps "
-                      'under TIKTOKEN_CACHE_DIR; character datasets need none') from None
-    return lambda text: bpe.encode(text, allowed_special={'<|endoftext|>'}), bpe.decode, bpe.n_vocab
+        cache = os.environ.get('TIKTOKEN_CACHE_DIR') or Path(tempfile.gettempdir(), 'data-gym-cache')
+        raise OSError("could not fetch GPT-2's tokenizer, vocab.bpe and encoder.json, which is cached in "
+                      f'{cache} (TIKTOKEN_CACHE_DIR): {type(error).__name__}. The datasets python_char, '
+                      'shakespeare_char and holmes need none') from None
+
+    def encode(text, special=False):
+        names = {'<|endoftext|>'} if special else set()
+        return bpe.encode_to_numpy(text, allowed_special=names, disallowed_special=())
+    return encode, bpe.decode, bpe.n_vocab, bpe.eot_token

@@ -70,7 +70,7 @@ def _configure(settings):
     def print_help():
         """ The docstring, and the source from the first setting down to the line that exec's us. """
         with open(settings['__file__'], encoding='utf-8') as f:
-            lines = f.read().split('configurator.py')[0].split('\n')[:-1]
+            lines = f.read().split('configurator.py')[0].split('if __name__')[0].split('\n')[:-1]
         first = next((i for i, line in enumerate(lines) if line.split(' = ')[0] in defaults), len(lines))
         while first and lines[first - 1].startswith('#'):
             first -= 1

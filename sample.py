@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
-from bins import get_tokenizer, load_meta, one_line_errors, tokenizer_record
+from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record
 from checkpoint import load_checkpoint, load_weights
 from model import GPT, GPT2_NAMES, GPTConfig, choose_device
 
@@ -62,10 +62,10 @@ with one_line_errors():
         model = GPT.from_pretrained(init_from)
         bare = os.path.isdir(init_from) and not any(
             os.path.exists(os.path.join(init_from, name)) for name in ('tokenizer.json', 'vocab.json'))
-        record = {'kind': 'gpt2'} if bare or init_from in GPT2_NAMES else {'kind': 'hf', 'name': init_from}
-    encode, decode, vocab_size = get_tokenizer(record)
+        record = {'kind': 'gpt2'} if bare or init_from in GPT2_NAMES else hf_record(init_from)
+    encode, decode, vocab_size, _ = get_tokenizer(record)
 
-    prompt = encode(start)
+    prompt = list(encode(start, special=True))
     if not prompt:
         raise ValueError('the prompt is empty; give it a character at least, as in --start="A"')
     if max(prompt) >= model.config.vocab_size:

@@ -31,6 +31,7 @@ eval_interval = 2000          # iterations between evaluations; 0: only after th
 log_interval = 1              # iterations between log lines; 0: none
 eval_iters = 200              # batches an evaluation reads of each split; -1: all of val, as much of train
 eval_only = False             # evaluate once, write nothing to out_dir, exit
+eval_split = 'val'            # what is evaluated beside train; with eval_only also another, such as test
 always_save_checkpoint = True  # save at every evaluation; False: only at the lowest validation loss so far
 init_from = 'scratch'         # scratch; resume (out_dir/ckpt.pt); auto (resume if it is there, else scratch);
                               # gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face directory; its name on
@@ -95,6 +96,7 @@ with one_line_errors():
         (gradient_accumulation_steps < world_size,
          f'gradient_accumulation_steps={gradient_accumulation_steps} is less than the number of processes, '
          f'{world_size}, and each needs a micro-batch'),
+        (eval_split != 'val' and not eval_only, f'eval_split={eval_split!r} takes --eval_only=True'),
         (eval_iters < 1 and eval_iters != -1, f'eval_iters={eval_iters} must be at least 1, or -1 for all'),
         (min(eval_interval, log_interval, max_iters, warmup_iters, grad_clip) < 0,
          'eval_interval, log_interval, max_iters, warmup_iters and grad_clip must not be negative'),
@@ -130,7 +132,7 @@ with one_line_errors():
     meta = load_meta(dataset)
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded to a multiple of 64
     tokenizer = tokenizer_record(meta)
-    data = {split: open_bin(dataset, split, block_size) for split in ('train', 'val')}
+    data = {split: open_bin(dataset, split, block_size) for split in ('train', eval_split)}
 
     iter_num, best_val_loss = 0, math.inf
     resumed, source = None, init_from
@@ -204,8 +206,8 @@ def stream(*key):
 
 
 def count_windows(split):
-    """ Windows that --eval_iters=-1 reads: of both splits as many as the validation split has whole ones. """
-    return min((len(data[name]) - 1) // block_size for name in ('val', split))
+    """ Windows that --eval_iters=-1 reads: of both splits as many as the evaluated one has whole ones. """
+    return min((len(data[name]) - 1) // block_size for name in (eval_split, split))
 
 
 def get_batch(split, index=0, it=None):
@@ -221,7 +223,7 @@ def get_batch(split, index=0, it=None):
         beyond = number >= count_windows(split)
         starts = np.where(beyond, 0, number * block_size)
     else:
-        key = (0, it, index) if it is not None else (1, split == 'val', index)
+        key = (0, it, index) if it is not None else (1, split != 'train', index)
         beyond = None
         starts = np.random.default_rng(stream(*key)).integers(len(data[split]) - block_size, size=batch_size)
     batch = torch.from_numpy(windows(data[split], starts, block_size))  # (B, T + 1)
@@ -237,10 +239,10 @@ def get_batch(split, index=0, it=None):
 
 @torch.no_grad()
 def estimate_loss():
-    """ Mean loss of each split, nats a token -> {'train': float, 'val': float}; processes share the work. """
+    """ Mean loss of train and eval_split, nats a token -> {split: float}; processes share the work. """
     bare_model.eval()
     mean = {}
-    for split in ('train', 'val'):
+    for split in data:
         n = count_windows(split) if eval_iters == -1 else eval_iters * batch_size
         losses, weights = [torch.zeros((), device=device)], [0]
         for index in range(rank, math.ceil(n / batch_size), world_size):
@@ -307,12 +309,13 @@ while True:
             getattr(torch, device_type).synchronize()
         seconds += time.perf_counter() - clock
         losses = estimate_loss()
-        say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+        val_loss = losses[eval_split]
+        say(f"step {iter_num}: train loss {losses['train']:.4f}, {eval_split} loss {val_loss:.4f}")
+        log({'iter': iter_num, 'train/loss': losses['train'], f'{eval_split}/loss': val_loss, 'lr': lr,
              'mfu': running_mfu * 100})
-        if improved := losses['val'] < best_val_loss:
-            best_val_loss = losses['val']
-        wanted = improved or always_save_checkpoint and math.isfinite(losses['val'])
+        if improved := val_loss < best_val_loss:
+            best_val_loss = val_loss
+        wanted = improved or always_save_checkpoint and math.isfinite(val_loss)
         wanted = wanted and iter_num > first_iter and not eval_only
         saved = saved or wanted
         if wanted and master_process:

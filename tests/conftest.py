@@ -6,6 +6,7 @@ nothing into the repository.
 """
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'data')]
 torch.set_num_threads(2)
 
 from model import GPT, GPTConfig  # noqa: E402
@@ -94,3 +95,12 @@ def tiny():
     """ A GPT of the default architecture, small, the same every time. """
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False))
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """ A copy of the repository without datasets and runs -> its folder. """
+    folder = tmp_path / 'clone'
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
+        '.*', 'out*', '*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__', 'wandb', 'bench_log'))
+    return folder

@@ -1,8 +1,5 @@
 """ What is on disk: whole or absent, data and not programs, old forms understood. """
-import http.server
 import pickle
-import threading
-import urllib.request
 
 import numpy as np
 import pytest
@@ -51,79 +48,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
 
 
-def test_download(tmp_path, monkeypatch):
-    source = tmp_path / 'source.txt'
-    source.write_text('To be, or not to be')
-    digest = '1e40efb84050f92618e2c430742f44254771cf7465e7cd3f3aecf2fb8e7ed3d2'
-    path = tmp_path / 'input.txt'
-    with pytest.raises(OSError, match=r'not the whole text that was expected.*input\.txt.*python_char'):
-        bins.download(source.as_uri(), path, digest)
-    with pytest.raises(OSError, match=r'Save that text as .*input\.txt.*python_char'):
-        bins.download((tmp_path / 'missing').as_uri(), path, digest)
-    assert not path.exists()
-    bins.download(source.as_uri(), path, bins.sha256(source.read_bytes()).hexdigest())
-    assert path.read_text() == source.read_text()
-    monkeypatch.setattr(urllib.request, 'urlopen', None)  # a file that is there is used as it is
-    bins.download('http://nowhere', path, digest)
-
-
-def test_a_download_that_breaks_off_leaves_nothing(tmp_path):
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(404 if self.path == '/missing' else 200)
-            self.send_header('Content-Length', '1000')
-            self.end_headers()
-            self.wfile.write(b'x' * (400 if self.path == '/half' else 1000))
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.HTTPServer(('127.0.0.1', 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url, path = f'http://127.0.0.1:{server.server_port}', tmp_path / 'input.txt'
-    for name, message in (('half', 'not the whole text'), ('missing', '404')):
-        with pytest.raises(OSError, match=message):
-            bins.download(f'{url}/{name}', path)
-        assert not list(tmp_path.iterdir())
-    bins.download(f'{url}/all', path)
-    server.shutdown()
-    assert path.read_text() == 'x' * 1000
-
-
 # -----------------------------------------------------------------------------
 # bins and meta.pkl
-
-def test_characters_there_and_back(tmp_path, monkeypatch, capsys):
-    text = 'zyx\u00e9\U0001f600 hello\n' * 10
-    bins.write_chars(tmp_path, text)
-    monkeypatch.setattr(bins, 'DATA', tmp_path.parent)
-    meta = pickle.loads((tmp_path / 'meta.pkl').read_bytes())
-    assert set(meta) == {'vocab_size', 'stoi', 'itos'}
-    assert [meta['itos'][i] for i in range(meta['vocab_size'])] == sorted(set(text))
-    ids = [np.fromfile(tmp_path / name, dtype='<u2') for name in ('train.bin', 'val.bin')]
-    assert len(ids[0]) == int(0.9 * len(text))
-    encode, decode, size = bins.get_tokenizer(bins.tokenizer_record(bins.load_meta(tmp_path.name)))
-    assert decode([int(i) for part in ids for i in part]) == text
-    assert encode(text) == [int(i) for part in ids for i in part] and size == meta['vocab_size']
-    assert f'val.bin: {len(ids[1])} tokens' in capsys.readouterr().out
-
-
-def test_an_unknown_character_is_named(tmp_path):
-    with pytest.raises(ValueError, match="'!'"):
-        bins.write_chars(tmp_path, 'abcabcabcabc!', 'abc')
-    assert not list(tmp_path.iterdir())
-    encode, _, _ = bins.get_tokenizer({'kind': 'char', 'itos': ['a', 'b']})
-    with pytest.raises(ValueError, match="'c\u00e9' is not in"):
-        encode('abc\u00e9')
-
-
-def test_ids_that_do_not_fit_are_refused(tmp_path):
-    for ids in ([70000], [-1]):
-        with pytest.raises(ValueError, match='uint16'):
-            bins.write_bin(tmp_path / 'a.bin', np.array(ids))
-    bins.write_bin(tmp_path / 'a.bin', np.array([0, 65535, 256]))
-    assert (tmp_path / 'a.bin').read_bytes() == b'\x00\x00\xff\xff\x00\x01'
-
 
 @pytest.mark.parametrize('content, message', [
     (None, 'is not there; datasets with a prepare.py are .*python_char'),

@@ -12,15 +12,6 @@ import torch
 from conftest import ROOT, SMALL, run, train
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """ A copy of the repository without datasets and runs -> its folder. """
-    folder = tmp_path / 'clone'
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-        '.*', 'out*', '*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__', 'wandb', 'bench_log'))
-    return folder
-
-
 def test_prepare_train_sample_from_another_folder(tmp_path, dataset):
     _, _, out = train(tmp_path, dataset)
     text, _ = run('sample.py', cwd=tmp_path, num_samples=3, max_new_tokens=30, start='the cat')
@@ -92,12 +83,6 @@ def test_a_model_meets_only_its_own_vocabulary(tmp_path, dataset):
     assert 'needs 501' in error and error.count('\n') == 1
 
 
-def prepare(folder, cwd):
-    done = subprocess.run([sys.executable, folder / 'prepare.py'], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_padding_of_the_vocabulary_is_never_drawn(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=2)
     path = tmp_path / 'out/ckpt.pt'
@@ -120,44 +105,6 @@ def test_a_classic_checkpoint_whose_dataset_is_gone(tmp_path, dataset):
     torch.save(checkpoint, tmp_path / 'out/ckpt.pt')
     _, error = run('sample.py', cwd=tmp_path, code=1)
     assert 'data/gone/meta.pkl' in error and error.count('\n') == 1
-
-
-def test_prepare_shakespeare_char(clone, tmp_path):
-    text = 'First Citizen:\nSpeak, speak.\n' * 50
-    folder = clone / 'data/shakespeare_char'
-    (folder / 'input.txt').write_text(text)
-    out = prepare(folder, tmp_path)
-    assert np.fromfile(folder / 'train.bin', dtype=np.uint16).size == int(len(text) * 0.9)
-    assert pickle.loads((folder / 'meta.pkl').read_bytes())['vocab_size'] == len(set(text))
-    assert f'{len(set(text))} of them distinct' in out
-
-
-@pytest.mark.parametrize('word', ['THE', 'THIS'])
-def test_prepare_holmes_cuts_off_what_is_gutenbergs(clone, tmp_path, word):
-    story = 'To Sherlock Holmes she is always THE woman.\n\nI have seldom heard him mention her.\n'
-    text = ('\ufeffProject Gutenberg header, licence\n'
-            f'*** START OF {word} PROJECT GUTENBERG EBOOK A\nTITLE ***\n\n'
-            f'Produced by a volunteer\nand another\n\n\n{story}\n\n'
-            'End of the Project Gutenberg EBook of A Title\n'
-            f'*** END OF {word} PROJECT GUTENBERG EBOOK A TITLE ***\nTHE FULL PROJECT GUTENBERG LICENSE\n')
-    folder = clone / 'data/holmes'
-    (folder / 'input.txt').write_bytes(text.replace('\n', '\r\n').encode())
-    prepare(folder, tmp_path)
-    itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
-    ids = np.concatenate([np.fromfile(folder / name, dtype=np.uint16) for name in ('train.bin', 'val.bin')])
-    assert ''.join(itos[i] for i in ids.tolist()) == story
-
-
-def test_prepare_python_char(clone, tmp_path):
-    folder = clone / 'data/python_char'
-    out = prepare(folder, tmp_path)
-    meta = pickle.loads((folder / 'meta.pkl').read_bytes())
-    assert meta['vocab_size'] == 96 and meta['itos'][0] == '\n' and meta['itos'][95] == '~'
-    ids = np.fromfile(folder / 'train.bin', dtype=np.uint16)
-    head = ''.join(meta['itos'][i] for i in ids[:3000].tolist())
-    import __future__
-    assert head.startswith(open(__future__.__file__).read()[:3000])  # the first by path
-    assert 5e6 < len(ids) < 12e6 and 'SHA-256' in out
 
 
 def test_bench(tmp_path, dataset):

@@ -14,19 +14,23 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
-from bins import download, one_line_errors, write_chars  # noqa: E402
+sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+from bins import one_line_errors  # noqa: E402
+from texts import download, read_texts, write_bins  # noqa: E402
 
 _url = 'https://www.gutenberg.org/cache/epub/1661/pg1661.txt'
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+if __name__ == '__main__':
+    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
 
-with one_line_errors():
-    download(_url, FOLDER / 'input.txt')  # no digest: Gutenberg edits its files
-    text = (FOLDER / 'input.txt').read_text(encoding='utf-8-sig')
-    marker = r'\*\*\* ?{} (?:THE|THIS) PROJECT GUTENBERG EBOOK.*?\*\*\*'
-    text = re.split(marker.format('START OF'), text, maxsplit=1, flags=re.DOTALL)[-1]
-    text = re.split(marker.format('END OF'), text, maxsplit=1, flags=re.DOTALL)[0]
-    text = re.sub(r'\A\s*Produced by.*?\n\n', '', text, flags=re.DOTALL)
-    text = re.sub(r"End of (?:the )?Project Gutenberg.*\Z", '', text, flags=re.DOTALL)
-    write_chars(FOLDER, text.strip() + '\n')
+    with one_line_errors(FOLDER / 'parts.tmp'):
+        download(_url, FOLDER / 'input.txt')  # no digest: Gutenberg edits its files
+        text = ''.join(text or '' for text in read_texts(FOLDER / 'input.txt'))
+        marker = r'\*\*\* ?{} (?:THE|THIS) PROJECT GUTENBERG EBOOK.*?\*\*\*'
+        text = re.split(marker.format('START OF'), text, maxsplit=1, flags=re.DOTALL)[-1]
+        text = re.split(marker.format('END OF'), text, maxsplit=1, flags=re.DOTALL)[0]
+        text = re.sub(r'\A\s*Produced by.*?\n\n', '', text, flags=re.DOTALL)
+        text = re.sub(r"End of (?:the )?Project Gutenberg.*\Z", '', text, flags=re.DOTALL).strip() + '\n'
+        cut = int(len(text) * 0.9)
+        write_bins(FOLDER, {'train': [text[:cut]], 'val': [text[cut:]]},
+                   {'kind': 'char', 'itos': sorted(set(text))}, len(text))

@@ -15,33 +15,37 @@ from hashlib import sha256
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
-from bins import one_line_errors, write_chars  # noqa: E402
+sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+from bins import one_line_errors  # noqa: E402
+from texts import write_bins  # noqa: E402
 
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+if __name__ == '__main__':
+    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
 
-vocabulary = '\n' + ''.join(map(chr, range(32, 127)))
-left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
-most = 12_000_000
+    vocabulary = '\n' + ''.join(map(chr, range(32, 127)))
+    left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
+    most = 12_000_000
 
-library = Path(sysconfig.get_path('stdlib'))
-paths = [path.relative_to(library) for path in library.rglob('*.py')]
-paths = sorted(path.as_posix() for path in paths if not left_out & set(path.parts))
-texts, size = [], 0
-for path in paths:
-    text = (library / path).read_text(encoding='utf-8', errors='replace')  # line ends become newlines
-    if not set(text) <= set(vocabulary):
-        continue
-    if size + len(text) > most:
-        break
-    texts.append(text)
-    size += len(text)
-text = ''.join(texts)
+    library = Path(sysconfig.get_path('stdlib'))
+    paths = [path.relative_to(library) for path in library.rglob('*.py')]
+    paths = sorted(path.as_posix() for path in paths if not left_out & set(path.parts))
+    texts, size = [], 0
+    for path in paths:
+        text = (library / path).read_text(encoding='utf-8', errors='replace')  # line ends become newlines
+        if not set(text) <= set(vocabulary):
+            continue
+        if size + len(text) > most:
+            break
+        texts.append(text)
+        size += len(text)
+    text = ''.join(texts)
+    cut = int(size * 0.9)
 
-with one_line_errors():
-    if not text:
-        raise ValueError(f'this Python has no source files under {library}')
-    print(f'Python {platform.python_version()}: {len(texts):,} of {len(paths):,} files')
-    print(f'SHA-256 of the text: {sha256(text.encode()).hexdigest()}')
-    write_chars(FOLDER, text, vocabulary)
+    with one_line_errors(FOLDER / 'parts.tmp'):
+        if not text:
+            raise ValueError(f'this Python has no source files under {library}')
+        print(f'Python {platform.python_version()}: {len(texts):,} of {len(paths):,} files')
+        print(f'SHA-256 of the text: {sha256(text.encode()).hexdigest()}')
+        write_bins(FOLDER, {'train': [text[:cut]], 'val': [text[cut:]]},
+                   {'kind': 'char', 'itos': list(vocabulary)}, size)

@@ -11,14 +11,19 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
-from bins import download, one_line_errors, write_chars  # noqa: E402
+sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
+from bins import one_line_errors  # noqa: E402
+from texts import download, read_texts, write_bins  # noqa: E402
 
 _url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 _sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+if __name__ == '__main__':
+    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
 
-with one_line_errors():
-    download(_url, FOLDER / 'input.txt', _sha256)
-    write_chars(FOLDER, (FOLDER / 'input.txt').read_text(encoding='utf-8'))
+    with one_line_errors(FOLDER / 'parts.tmp'):
+        download(_url, FOLDER / 'input.txt', _sha256)
+        text = ''.join(text or '' for text in read_texts(FOLDER / 'input.txt'))
+        cut = int(len(text) * 0.9)
+        write_bins(FOLDER, {'train': [text[:cut]], 'val': [text[cut:]]},
+                   {'kind': 'char', 'itos': sorted(set(text))}, len(text))

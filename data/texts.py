@@ -1,0 +1,273 @@
+"""
+From texts to bins: what the scripts data/*/prepare.py share.
+
+A text comes by `download`, from files (`find_texts`, `read_texts`) or from the Hugging Face hub
+(`load_rows`), and goes into bins by `write_bins`. On its way it is an iterable of str, with None where
+a document ends. What a dataset on disk looks like is in bins.py; which text it is, in prepare.py.
+"""
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import urllib.request
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from hashlib import sha256
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from bins import check_disk, get_tokenizer, meta_of, whole_file
+
+# -----------------------------------------------------------------------------
+# where texts come from
+
+def download(url, path, digest=None):
+    """ Fetches `url` into `path`, if nothing is there. Raises OSError on failure or another SHA-256. """
+    if path.exists():
+        return
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            content = reply.read()  # raises where less comes than was announced
+        if digest and sha256(content).hexdigest() != digest:
+            raise OSError('what came is not the text that was expected')
+    except (OSError, HTTPException) as error:
+        raise OSError(f'could not download {url} ({error}). Save that text as {path} and run this '
+                      'again, or run data/python_char/prepare.py, which needs no network') from None
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def find_texts(source, *suffixes, prefix=''):
+    """ Files of these suffixes whose names begin with `prefix`: `source` itself, or those in it, sorted. """
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(f'{source} is not there')
+    paths = sorted(source.rglob(f'{prefix}*')) if source.is_dir() else [source]
+    if not (found := [path for path in paths if path.suffix in suffixes and path.is_file()]):
+        raise ValueError(f'{source}: no {" or ".join(prefix + "*" + suffix for suffix in suffixes)}')
+    return found
+
+
+def _read_parquet(path):
+    from pyarrow.parquet import ParquetFile
+    row = 0
+    try:
+        with ParquetFile(path, memory_map=True) as file:
+            if 'text' not in file.schema_arrow.names:
+                raise ValueError(f'no column text, but {", ".join(file.schema_arrow.names)}')
+            for batch in file.iter_batches(1000, columns=['text']):
+                for row, text in enumerate(batch['text'].to_pylist(), row + 1):
+                    yield text + ''
+                    yield None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{path}, row {row}: {error}') from None
+
+
+def _read_jsonl(path):
+    with open(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    text = json.loads(line.decode('utf-8-sig'))['text']
+                    text.encode()  # half of a surrogate pair, a null, a number fail here
+                    yield text
+                    yield None
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f'{path}, line {number}: {type(error).__name__}: {error}') from None
+
+
+def _read_plain(path):
+    number, text = 0, ''
+    with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+        while lines := file.readlines(2**20):
+            new = ''.join(lines)
+            try:
+                new.encode()
+            except UnicodeEncodeError as error:
+                number += new.count('\n', 0, error.start) + 1
+                raise ValueError(f'{path}, line {number}: it is not in UTF-8') from None
+            number += len(lines)
+            text += new
+            cut = text.rfind('\n')
+            while cut > 0 and text[cut - 1].isspace():
+                cut = text.rfind('\n', 0, cut)
+            if cut > 0:
+                yield text[:cut]
+                text = text[cut:]
+    yield text
+    yield None
+
+
+def read_texts(path):
+    """
+    Yields the texts of a .parquet file (its column text), of a .jsonl file (the key text of each line),
+    or of any other, which is one text in UTF-8; and None after each. The one text comes in pieces of about
+    a million characters, cut before line ends where no token of GPT-2 goes on. Raises ValueError, with the
+    line.
+    """
+    reader = {'.parquet': _read_parquet, '.jsonl': _read_jsonl}.get(path.suffix, _read_plain)
+    empty = True
+    for text in reader(path):
+        empty = empty and not text
+        yield text
+    if empty:
+        raise ValueError(f'{path}: there is no text in it')
+
+
+def survey(paths, record):
+    """
+    A first look at files -> how many documents and characters they have, and the set of the characters.
+    Raises ValueError where one can't be read, or a Hugging Face tokenizer has no token for a character.
+    """
+    documents, characters, known = 0, 0, set()
+    encode = get_tokenizer(record)[0] if record['kind'] == 'hf' else len
+    for path in tqdm(paths, desc='reading', unit=' files'):
+        for text in read_texts(path):
+            documents += text is None
+            characters += len(text or '')
+            new = set() if record['kind'] == 'gpt2' else set(text or '') - known
+            known |= new
+            if lacking := [c for c in sorted(new) if not c.isspace() and not encode(c)]:
+                with open(path, encoding='utf-8', errors='ignore') as file:
+                    line = next((i for i, line in enumerate(file, 1) if lacking[0] in line), '?')
+                raise ValueError(f'{path}, line {line}: the tokenizer has no token for {lacking[0]!r}')
+    print(f'{len(paths):,} files, {documents:,} documents, {characters:,} characters')
+    return documents, characters, known
+
+
+def load_rows(folder, source, name, config=None, split='train', prefix=''):
+    """
+    The split of a dataset of the hub, or of `source`, a local .parquet or .jsonl file or a folder of them
+    (those whose names begin with `prefix`) -> datasets.Dataset with a column text, mapped from the disk:
+    the hub's from its own cache, the local one from folder/parts.tmp. Raises OSError or ValueError.
+    """
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    if source:
+        paths = find_texts(source, '.parquet', '.jsonl', prefix=prefix)
+        try:
+            return Dataset.from_generator(_local_rows, cache_dir=str(folder / 'parts.tmp'), gen_kwargs={
+                'paths': paths, 'times': [path.stat().st_mtime_ns for path in paths]})
+        except DatasetsError as error:
+            raise error.__cause__ or error
+    try:
+        try:
+            return load_dataset(name, config, split=split)
+        except RuntimeError:  # the repository holds a loading script, which datasets no longer runs
+            return load_dataset(name, config, split=split, revision='refs/convert/parquet')
+    except (OSError, ValueError, DatasetsError) as error:
+        raise OSError(f'could not load {name} from the Hugging Face hub ({error}); --source=FOLDER takes a '
+                      'copy of its .parquet files, or .jsonl, instead') from None
+
+
+def _local_rows(paths, times):
+    """ `times` of the files are here for the name of the cache. """
+    for path in paths:
+        yield from ({'text': text} for text in read_texts(path) if text is not None)
+
+
+def each(rows, *after):
+    """ The texts of `rows` with a column text, one by one, and `after` each of them whatever is given. """
+    for start in range(0, len(rows), 1000):
+        for text in rows['text'][start:start + 1000]:
+            yield text
+            yield from after
+
+# -----------------------------------------------------------------------------
+# into bins
+
+def _start_worker(record):
+    global _tokenizer
+    _tokenizer = record, *get_tokenizer(record)
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, and with it this one ends
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _encode(prefix, texts):
+    """ In a worker: the ids of `texts` -> their file, named by its contents and kept if it is there. """
+    record, encode, _, _, end = _tokenizer
+    path = Path(f'{prefix}-{sha256(pickle.dumps((record, texts))).hexdigest()[:16]}')
+    if not path.exists():
+        end = np.array([] if end is None else [end], dtype=np.uint32)
+        ids = np.concatenate([end[:0]] + [end if text is None else encode(text) for text in texts])
+        if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
+            raise ValueError(f'token ids from {ids.min()} to {ids.max()} do not fit into uint16')
+        with whole_file(path) as temporary:
+            ids.astype('<u2').tofile(temporary)
+    return path
+
+
+def _batches(texts):
+    """ Lists of some two million characters, and how many they have. """
+    batch, n = [], 0
+    for text in texts:
+        batch.append(text)
+        n += len(text or ' ')
+        if n >= 2**21:
+            yield batch, n
+            batch, n = [], 0
+    yield batch, n
+
+
+def write_bins(folder, splits, record, size):
+    """
+    Encodes `splits`, {name: texts}, with the tokenizer of `record` (bins.py) on all cores, and writes
+    {name}.bin of each and meta.pkl into `folder`. `size`, the characters in all, is for the bar and the
+    disk. Batches that are finished wait in folder/parts.tmp: an interrupted preparation, run again, takes
+    them up; one_line_errors removes them. Raises ValueError or OSError.
+    """
+    _, _, vocab_size, _ = get_tokenizer(record)  # here its errors are seen
+    scratch = folder / 'parts.tmp'
+    scratch.mkdir(parents=True, exist_ok=True)
+    waiting = sum(path.stat().st_size for path in scratch.iterdir() if path.is_file())
+    check_disk(folder, size * (4 if record['kind'] == 'char' else 1) - waiting)  # batches and bins
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if size < 2**22:  # encoded before a process has started
+        pool, cores = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(record,)), 1
+    else:
+        pool = ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'), _start_worker, (record,))
+    parts, running = {split: [] for split in splits}, deque()
+    bar = tqdm(total=size, unit='B', unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+
+    def collect(until):
+        while len(running) > until:
+            split, n, job = running.popleft()
+            parts[split].append(job.result())
+            bar.update(n)
+
+    with bar, pool:
+        for split, texts in splits.items():
+            for index, (batch, n) in enumerate(_batches(texts)):
+                running.append((split, n, pool.submit(_encode, scratch / f'{split}-{index:06}', batch)))
+                collect(until=2 * cores)  # no more text in memory than keeps them busy
+        collect(until=0)
+
+    meta = meta_of(record, vocab_size)
+    sizes = {split: sum(path.stat().st_size for path in parts[split]) for split in splits}
+    check_disk(folder, sum(sizes.values()))
+    with ExitStack() as files:  # all are written before the first is renamed
+        for split in splits:
+            if not sizes[split]:
+                raise ValueError(f'{folder}: no text is left for {split}.bin')
+            with open(files.enter_context(whole_file(folder / f'{split}.bin')), 'wb') as out:
+                for path in parts[split]:
+                    with open(path, 'rb') as part:
+                        shutil.copyfileobj(part, out)
+        if meta:
+            files.enter_context(whole_file(folder / 'meta.pkl')).write_bytes(pickle.dumps(meta))
+        else:
+            (folder / 'meta.pkl').unlink(missing_ok=True)
+    print(f'vocabulary: {vocab_size:,} {"characters" if record["kind"] == "char" else "tokens"}')
+    for split in splits:
+        print(f'{split}.bin: {sizes[split] // 2:,} tokens')

@@ -1,0 +1,411 @@
+""" The way from texts to bins: the same tokens as a plain loop, whole or not at all, errors in one line. """
+import http.server
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+from conftest import ROOT, SMALL, run, train
+
+import bins
+import texts
+
+# A tokenizer with GPT-2's way of splitting text and a handful of its merges, in place of GPT-2's, which
+# has to be fetched. sitecustomize.py is run by every Python that starts, worker processes included.
+SITECUSTOMIZE = r'''
+import tiktoken, tiktoken.registry
+pieces = [bytes([i]) for i in range(256)] + [b'\n\n', b' t', b'he', b' the', b'\n ', b'th', b' a', b'  ']
+tiktoken.registry.ENCODINGS['gpt2'] = tiktoken.Encoding('gpt2',
+    pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    mergeable_ranks={piece: i for i, piece in enumerate(pieces)}, special_tokens={'<|endoftext|>': 50256})
+'''
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    """ The tokenizer above as GPT-2's, here and in every process that is started. """
+    site = tmp_path / 'site'
+    site.mkdir()
+    (site / 'sitecustomize.py').write_text(SITECUSTOMIZE)
+    monkeypatch.setenv('PYTHONPATH', str(site))
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    exec(SITECUSTOMIZE)
+    return tiktoken.get_encoding('gpt2')
+
+
+def prose(n, seed=0):
+    """ About `n` characters of words, blank lines, runs of spaces and a letter beyond ASCII. """
+    words = np.array(['the ', 'cat', '\n', '\n\n', ' sat', '  ', '\u00e9t\u00e9 ', "it's ", '42', '!', '\t'])
+    return ''.join(words[np.random.default_rng(seed).integers(len(words), size=n // 3)])
+
+
+def read(folder, split):
+    return np.fromfile(folder / f'{split}.bin', dtype='<u2').tolist()
+
+
+def prepare(folder, *args, code=0):
+    done = subprocess.run([sys.executable, folder / 'prepare.py', *args], cwd=folder, capture_output=True,
+                          text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+    assert done.returncode == code, done.stderr
+    assert not (folder / 'parts.tmp').exists()
+    return done.stdout if code == 0 else done.stderr.splitlines()[-1]
+
+
+# -----------------------------------------------------------------------------
+# downloads
+
+def test_download(tmp_path, monkeypatch):
+    source = tmp_path / 'source.txt'
+    source.write_text('To be, or not to be')
+    path = tmp_path / 'input.txt'
+    with pytest.raises(OSError, match=r'not the text that was expected.*input\.txt.*python_char'):
+        texts.download(source.as_uri(), path, 64 * '0')
+    with pytest.raises(OSError, match=r'Save that text as .*input\.txt.*python_char'):
+        texts.download((tmp_path / 'missing').as_uri(), path)
+    assert not path.exists()
+    texts.download(source.as_uri(), path, texts.sha256(source.read_bytes()).hexdigest())
+    assert path.read_text() == source.read_text()
+    monkeypatch.setattr(urllib.request, 'urlopen', None)  # a file that is there is used as it is
+    texts.download('http://nowhere', path, 64 * '0')
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path):
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404 if self.path == '/missing' else 200)
+            self.send_header('Content-Length', '1000')
+            self.end_headers()
+            self.wfile.write(b'x' * (400 if self.path == '/half' else 1000))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(('127.0.0.1', 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, path = f'http://127.0.0.1:{server.server_port}', tmp_path / 'input.txt'
+    for name, message in (('half', '400 bytes read, 600 more expected'), ('missing', '404')):
+        with pytest.raises(OSError, match=message):
+            texts.download(f'{url}/{name}', path)
+        assert not list(tmp_path.iterdir())
+    texts.download(f'{url}/all', path)
+    server.shutdown()
+    assert path.read_text() == 'x' * 1000
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+def test_a_long_text_is_cut_where_no_token_goes_on(tmp_path, gpt2):
+    text = prose(4_000_000)
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())
+    pieces = list(texts.read_texts(tmp_path / 'a.txt'))
+    assert pieces.pop() is None and len(pieces) > 3 and max(map(len, pieces)) < 2_000_000
+    assert ''.join(pieces) == text
+    ids = [i for piece in pieces for i in gpt2.encode_ordinary(piece)]
+    assert ids == gpt2.encode_ordinary(text)
+
+
+def test_rows_of_files(tmp_path):
+    rows = ['one\n', '', 'tw\u00f6 <|endoftext|>']
+    (tmp_path / 'b.jsonl').write_text(''.join(json.dumps({'text': row, 'x': [1]}) + '\n\n' for row in rows))
+    pq.write_table(pa.table({'n': [1, 2, 3], 'text': rows}), tmp_path / 'a.parquet', row_group_size=2)
+    (tmp_path / 'c.md').write_text('left out')
+    paths = texts.find_texts(tmp_path, '.jsonl', '.parquet')
+    assert [path.name for path in paths] == ['a.parquet', 'b.jsonl']
+    for path in paths:
+        assert list(texts.read_texts(path)) == [each for row in rows for each in (row, None)]
+    assert texts.find_texts(tmp_path / 'b.jsonl', '.jsonl') == [tmp_path / 'b.jsonl']
+    assert texts.find_texts(tmp_path, '.jsonl', prefix='b') == [tmp_path / 'b.jsonl']
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('a.txt', b'one\ntwo\nthr\xe9e\n', 'a.txt, line 3: it is not in UTF-8'),
+    ('a.txt', b'', 'a.txt: there is no text in it'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', 'a.jsonl, line 2: JSONDecodeError'),
+    ('a.jsonl', b'{"text": "a"}\n\n{"txt": "b"}\n', "a.jsonl, line 3: KeyError: 'text'"),
+    ('a.jsonl', b'{"text": 3}\n', 'a.jsonl, line 1'),
+    ('a.jsonl', b'{"text": "\xe9"}\n', 'a.jsonl, line 1: UnicodeDecodeError'),
+    ('a.jsonl', b'[1]\n', 'a.jsonl, line 1'),
+    ('a.jsonl', rb'{"text": "\ud800"}', 'a.jsonl, line 1: UnicodeEncodeError'),
+    ('a.parquet', b'not one', 'a.parquet, row 0'),
+    ('a.parquet', {'txt': ['a']}, 'a.parquet, row 0: no column text, but txt'),
+    ('a.parquet', {'text': ['a', None]}, 'a.parquet, row 2'),
+    ('a.parquet', {'text': [1]}, 'a.parquet, row 1')])
+@pytest.mark.parametrize('script', ['custom', 'bookcorpus'])
+def test_bad_files_get_one_line(tmp_path, monkeypatch, clone, capsys, gpt2, script, name, content, message):
+    """ In this process; sys.exit with a text prints it on standard error, exit code 1. """
+    if script == 'bookcorpus' and name == 'a.txt':
+        message = 'no *.parquet or *.jsonl'
+    source = tmp_path / 'source'
+    source.mkdir()
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), source / name)
+    else:
+        (source / name).write_bytes(content)
+    path = clone / 'data' / script / 'prepare.py'
+    monkeypatch.setattr(bins, 'DATA', tmp_path)
+    monkeypatch.setattr(sys, 'argv', [str(path), f'--source={source}'])
+    before = sorted(path for path in tmp_path.rglob('*') if '__pycache__' not in str(path))
+    with pytest.raises(SystemExit) as stopped:
+        exec(compile(path.read_text(), path, 'exec'), {'__name__': '__main__', '__file__': str(path)})
+    assert message in stopped.value.code and '\n' not in stopped.value.code
+    assert sorted(path for path in tmp_path.rglob('*') if '__pycache__' not in str(path)) == before
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--source=nowhere'], 'nowhere is not there'),
+    (['--source=.', '--tokenizer=nowhere'], 'nowhere'),
+    ([], 'set --source='),
+    (['--source=.', '--name=shakespeare'], 'has a prepare.py of its own'),
+    (['--source=.', '--name=empty'], 'no *.txt or *.jsonl or *.parquet')])
+def test_custom_refuses(clone, flags, message):
+    folder = clone / 'data/custom'
+    assert message in prepare(folder, *flags, code=1)
+    assert not (clone / 'data/empty').exists()
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+def test_characters_there_and_back(tmp_path, monkeypatch, capsys):
+    text = 'zyx\u00e9\U0001f600 hello\n' * 10
+    record = {'kind': 'char', 'itos': sorted(set(text))}
+    texts.write_bins(tmp_path, {'train': [text[:100]], 'val': [text[100:], None]}, record, len(text))
+    monkeypatch.setattr(bins, 'DATA', tmp_path.parent)
+    meta = pickle.loads((tmp_path / 'meta.pkl').read_bytes())
+    assert set(meta) == {'vocab_size', 'stoi', 'itos'}
+    assert [meta['itos'][i] for i in range(meta['vocab_size'])] == sorted(set(text))
+    ids = read(tmp_path, 'train') + read(tmp_path, 'val')
+    assert bins.tokenizer_record(bins.load_meta(tmp_path.name)) == record
+    encode, decode, size, end = bins.get_tokenizer(record)
+    assert decode(ids) == text and encode(text) == ids and size == meta['vocab_size'] and end is None
+    assert f'val.bin: {len(text) - 100} tokens' in capsys.readouterr().out
+
+
+def test_an_unknown_character_is_named(tmp_path):
+    record = {'kind': 'char', 'itos': ['a', 'b']}
+    with pytest.raises(ValueError, match="'c\u00e9' is not in"):
+        texts.write_bins(tmp_path, {'train': ['abc\u00e9']}, record, 4)
+    assert not (tmp_path / 'train.bin').exists()
+
+
+def test_ids_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    for ids in ([70000], [-1]):
+        monkeypatch.setattr(texts, '_tokenizer', ({}, lambda text: np.array(ids), None, None, None), False)
+        with pytest.raises(ValueError, match='uint16'):
+            texts._encode(tmp_path / 'a', ['text'])
+    monkeypatch.setattr(texts, '_tokenizer', ({}, lambda text: [0, 65535, 256], None, None, 7), False)
+    assert texts._encode(tmp_path / 'a', ['', None]).read_bytes() == b'\x00\x00\xff\xff\x00\x01\x07\x00'
+
+
+def test_a_disk_that_is_full_is_noticed_first(tmp_path, monkeypatch, gpt2):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(OSError, match=r'1.0 MB are to be written, and 0.0 MB are free'):
+        texts.write_bins(tmp_path, {'train': ['a']}, {'kind': 'gpt2'}, 1_000_000)
+    with pytest.raises(OSError, match='are free'):  # the estimate was too low
+        texts.write_bins(tmp_path, {'train': ['a b ' * 10_000]}, {'kind': 'gpt2'}, 1000)
+    assert not list(tmp_path.glob('*.bin*'))
+
+
+def test_special_tokens_in_a_text_are_letters(tmp_path, gpt2):
+    texts.write_bins(tmp_path, {'train': ['<|endoftext|>', None]}, {'kind': 'gpt2'}, 10)
+    assert read(tmp_path, 'train') == gpt2.encode_ordinary('<|endoftext|>') + [50256]
+    assert bins.get_tokenizer({'kind': 'gpt2'})[0]('<|endoftext|>', special=True).tolist() == [50256]
+
+
+def test_a_tokenizer_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
+    def fail(name):
+        raise ConnectionError('no network')
+    monkeypatch.setattr(tiktoken, 'get_encoding', fail)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', '/the/cache')
+    with pytest.raises(OSError, match='vocab.bpe.*/the/cache.*ConnectionError.*python_char'):
+        texts.write_bins(tmp_path, {'train': ['a']}, {'kind': 'gpt2'}, 1)
+    assert not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# the scripts
+
+def test_prepare_shakespeare(clone, gpt2):
+    text = 'First Citizen:\n\nSpeak, speak the speech.\n' * 50
+    for name in ('shakespeare', 'shakespeare_char'):
+        (clone / f'data/{name}/input.txt').write_text(text)
+    cut = int(len(text) * 0.9)
+    prepare(clone / 'data/shakespeare')
+    assert read(clone / 'data/shakespeare', 'train') == gpt2.encode_ordinary(text[:cut])
+    assert read(clone / 'data/shakespeare', 'val') == gpt2.encode_ordinary(text[cut:])
+    out = prepare(clone / 'data/shakespeare_char')
+    meta = pickle.loads((clone / 'data/shakespeare_char/meta.pkl').read_bytes())
+    assert ''.join(meta['itos'][i] for i in read(clone / 'data/shakespeare_char', 'train')) == text[:cut]
+    assert f'vocabulary: {len(set(text))} characters' in out
+
+
+@pytest.mark.parametrize('word', ['THE', 'THIS'])
+def test_prepare_holmes_cuts_off_what_is_gutenbergs(clone, word):
+    story = 'To Sherlock Holmes she is always THE woman.\n\nI have seldom heard him mention her.\n'
+    text = ('\ufeffProject Gutenberg header, licence\n'
+            f'*** START OF {word} PROJECT GUTENBERG EBOOK A\nTITLE ***\n\n'
+            f'Produced by a volunteer\nand another\n\n\n{story}\n\n'
+            'End of the Project Gutenberg EBook of A Title\n'
+            f'*** END OF {word} PROJECT GUTENBERG EBOOK A TITLE ***\nTHE FULL PROJECT GUTENBERG LICENSE\n')
+    folder = clone / 'data/holmes'
+    (folder / 'input.txt').write_bytes(text.replace('\n', '\r\n').encode())
+    prepare(folder)
+    itos = pickle.loads((folder / 'meta.pkl').read_bytes())['itos']
+    assert ''.join(itos[i] for i in read(folder, 'train') + read(folder, 'val')) == story
+
+
+def test_prepare_python_char(clone):
+    folder = clone / 'data/python_char'
+    out = prepare(folder)
+    meta = pickle.loads((folder / 'meta.pkl').read_bytes())
+    assert meta['vocab_size'] == 96 and meta['itos'][0] == '\n' and meta['itos'][95] == '~'
+    ids = read(folder, 'train')
+    import __future__
+    head = ''.join(meta['itos'][i] for i in ids[:3000])
+    assert head == open(__future__.__file__).read()[:3000]  # the first by path
+    assert 5e6 < len(ids) < 12e6 and 'SHA-256' in out
+
+
+def test_prepare_wikitext2(clone, tmp_path, gpt2):
+    rows = {split: prose(3000, seed).splitlines(keepends=True) + ['']
+            for seed, split in enumerate(['train', 'validation', 'test'])}
+    source = tmp_path / 'source'
+    source.mkdir()
+    for split in rows:
+        pq.write_table(pa.table({'text': rows[split]}), source / f'{split}-00000-of-00001.parquet')
+    folder = clone / 'data/wikitext2'
+    prepare(folder, f'--source={source}')
+    for split, name in (('train', 'train'), ('validation', 'val'), ('test', 'test')):
+        assert read(folder, name) == [i for row in rows[split] for i in gpt2.encode_ordinary(row)]
+    (source / 'test-00000-of-00001.parquet').unlink()
+    assert 'no test*.parquet or test*.jsonl' in prepare(folder, f'--source={source}', code=1)
+    assert '--source=FOLDER' in prepare(folder, code=1)  # no network
+
+
+def test_prepare_openwebtext_in_many_processes(clone, tmp_path, gpt2):
+    import datasets
+    documents = [prose(n, n) for n in np.random.default_rng(0).integers(10, 20_000, size=700).tolist()]
+    source = tmp_path / 'source'
+    source.mkdir()
+    for i in range(2):
+        (source / f'{i}.jsonl').write_text('\n'.join(
+            json.dumps({'text': document}) for document in documents[i * 350:i * 350 + 350]))
+    folder = clone / 'data/openwebtext'
+    out = prepare(folder, f'--source={source}')
+    assert 'documents: 700' in out and 'WARNING' in out
+    parts = datasets.Dataset.from_dict({'text': documents}).train_test_split(0.0005, seed=2357)
+    for split, name in (('train', 'train'), ('test', 'val')):
+        expected = [i for text in parts[split]['text'] for i in gpt2.encode_ordinary(text) + [50256]]
+        assert read(folder, name) == expected
+
+
+def test_prepare_bookcorpus(clone, tmp_path, gpt2):
+    rows = [f'the cat sat {i} .' for i in range(70_000)]  # 35 are held out: single rows
+    pq.write_table(pa.table({'text': rows}), tmp_path / 'a.parquet')
+    folder = clone / 'data/bookcorpus'
+    prepare(folder, f'--source={tmp_path}/a.parquet')
+    held_out = set(np.random.default_rng(2357).choice(70_000, 35, replace=False).tolist())
+    for split in ('train', 'val'):
+        assert read(folder, split) == [i for n, row in enumerate(rows) if (n in held_out) == (split == 'val')
+                                       for i in gpt2.encode_ordinary(row) + gpt2.encode_ordinary('\n')]
+
+
+def test_killed_and_run_again(tmp_path, gpt2):
+    """ kill -9 of the script alone: its workers end with it, no bin is there, finished batches are kept. """
+    text = prose(20_000_000)
+    (tmp_path / 'a.txt').write_text(text)
+    folder = tmp_path / 'bins'
+    command = [sys.executable, ROOT / 'data/custom/prepare.py', '--source=a.txt', f'--name={folder}']
+
+    def processes():
+        lines = subprocess.run(['ps', '-eo', 'pid,ppid'], capture_output=True, text=True).stdout.splitlines()
+        return dict(line.split() for line in lines)
+
+    started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (finished := list(folder.glob('parts.tmp/train-000000-????????????????'))):
+        assert started.poll() is None
+        time.sleep(0.01)
+    workers = {pid for pid, parent in processes().items() if parent == str(started.pid)}
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    time.sleep(1)
+    assert workers and not workers & set(processes())
+    assert [path.name for path in folder.iterdir()] == ['parts.tmp']
+    kept = np.fromfile(finished[0], dtype='<u2').size
+    finished[0].write_bytes(bytes(2 * kept))  # marks what the next run takes up
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    cut = int(len(text) * 0.9)
+    assert read(folder, 'train') == [0] * kept + gpt2.encode_ordinary(text[:cut])[kept:]
+    assert read(folder, 'val') == gpt2.encode_ordinary(text[cut:]) + [50256]
+    assert sorted(path.name for path in folder.iterdir()) == ['train.bin', 'val.bin']
+
+
+def test_custom_trained_and_sampled(tmp_path, gpt2):
+    """ Documents from files of three kinds, in a Hugging Face tokenizer that travels with the model. """
+    import tokenizers
+    import transformers
+    documents = [f'the cat {i} sat on a mat.\n' * 20 for i in range(20)]
+    source = tmp_path / 'source'
+    source.mkdir()
+    (source / 'a.txt').write_text(documents[0])
+    pq.write_table(pa.table({'text': documents[1:10]}), source / 'b.parquet')
+    (source / 'c.jsonl').write_text('\n'.join(json.dumps({'text': document}) for document in documents[10:]))
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=['<eos>'], initial_alphabet=bpe.pre_tokenizer.alphabet()))
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<eos>')
+    hf.save_pretrained(tmp_path / 'hf')
+    folder = tmp_path / 'bins'
+    out, _ = run('data/custom/prepare.py', cwd=tmp_path, source='source', name=folder, tokenizer='hf',
+                 val_fraction=0.2)
+    assert '3 files, 20 documents' in out
+    held_out = set(np.random.default_rng(2357).permutation(20)[:4].tolist())
+    for split in ('train', 'val'):
+        expected = [i for n, document in enumerate(documents) if (n in held_out) == (split == 'val')
+                    for i in hf.encode(document) + [hf.eos_token_id]]
+        assert read(folder, split) == expected
+    shutil.rmtree(tmp_path / 'hf')
+    train(tmp_path, folder, max_iters=200, lr_decay_iters=200, eval_interval=0)
+    shutil.rmtree(folder)
+    out, _ = run('sample.py', cwd=tmp_path, start='the cat', num_samples=1, max_new_tokens=40)
+    assert 'the cat' in out and ' sat on' in out
+
+
+def test_a_tokenizer_without_a_token_for_a_character(tmp_path):
+    import tokenizers
+    import transformers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0, 'b': 1}, []))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path / 'hf')
+    (tmp_path / 'a.txt').write_text('ab\nab\xe9\n')
+    _, error = run('data/custom/prepare.py', cwd=tmp_path, source='a.txt', name=tmp_path / 'bins',
+                   tokenizer='hf', code=1)
+    assert "a.txt, line 2: the tokenizer has no token for '\xe9'" in error.splitlines()[-1]
+    assert not (tmp_path / 'bins').exists()
+
+
+def test_eval_split(tmp_path, dataset):
+    """ Another split than val is evaluated, the whole of it, and only by eval_only. """
+    folder = tmp_path / 'three'
+    shutil.copytree(dataset, folder)
+    _, steps, _ = train(tmp_path, folder, max_iters=5, eval_iters=-1)
+    shutil.move(folder / 'val.bin', folder / 'test.bin')
+    settings = dict(init_from='resume', eval_iters=-1, eval_split='test')
+    out, _ = run('train.py', cwd=tmp_path, **{**SMALL, 'dataset': folder, **settings, 'eval_only': True})
+    assert f'train loss {steps[5][0]:.4f}, test loss {steps[5][1]:.4f}' in out
+    _, error = run('train.py', cwd=tmp_path, code=1, **{**SMALL, 'dataset': folder, **settings})
+    assert "eval_split='test' takes --eval_only=True" in error
