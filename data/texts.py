@@ -50,6 +50,8 @@ def find_texts(source, *suffixes, prefix=''):
     source = Path(source).expanduser()
     if not source.exists():
         raise FileNotFoundError(f'{source} is not there')
+    if source.is_file() and '.txt' in suffixes:
+        return [source]  # by whatever name
     paths = sorted(source.rglob(f'{prefix}*')) if source.is_dir() else [source]
     if not (found := [path for path in paths if path.suffix in suffixes and path.is_file()]):
         raise ValueError(f'{source}: no {" or ".join(prefix + "*" + suffix for suffix in suffixes)}')

@@ -331,8 +331,10 @@ def test_killed_and_run_again(tmp_path, gpt2):
     command = [sys.executable, ROOT / 'data/custom/prepare.py', '--source=a.txt', f'--name={folder}']
 
     def processes():
-        lines = subprocess.run(['ps', '-eo', 'pid,ppid'], capture_output=True, text=True).stdout.splitlines()
-        return dict(line.split() for line in lines)
+        """ {process: its parent}, without those that have ended and wait to be noticed. """
+        lines = subprocess.run(['ps', '-eo', 'pid,ppid,stat'], capture_output=True, text=True).stdout
+        rows = [line.split() for line in lines.splitlines()]
+        return {pid: parent for pid, parent, state in rows if not state.startswith('Z')}
 
     started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (finished := list(folder.glob('parts.tmp/train-000000-????????????????'))):
