@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from bins import largest_id, load_meta, one_line_errors, open_bin, windows
+from bins import load_meta, one_line_errors, open_bin, windows
 from model import GPT, GPTConfig, choose_device, peak_flops
 
 # -----------------------------------------------------------------------------
@@ -47,11 +47,9 @@ with one_line_errors():
     data = None
     if real_data:
         try:
-            data = open_bin(dataset, 'train', block_size)
+            data = open_bin(dataset, 'train', block_size, vocab_size)
         except FileNotFoundError as error:
             print(f'{error}; measuring with random tokens')
-    if data is not None and largest_id(data) >= vocab_size:
-        raise ValueError(f'{dataset}/train.bin holds token {largest_id(data)}, vocab_size is {vocab_size}')
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                           n_embd=n_embd, dropout=dropout, bias=bias))

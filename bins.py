@@ -13,8 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +24,17 @@ DATA = Path(__file__).resolve().parent / 'data'
 # errors and whole files
 
 @contextmanager
-def one_line_errors(scratch=None):
+def one_line_errors():
     """
     A ValueError, OSError or ImportError in the block ends the script with its message, one line, and
     exit code 1. Of a machine's processes the first speaks: torchrun ends the others while they wait.
-    The folder `scratch` goes with the block, unless that is killed or interrupted.
     """
-    message = None
     try:
         yield
-    except (ValueError, OSError, ImportError, BrokenExecutor) as error:
+    except (ValueError, OSError, ImportError) as error:
         if int(os.environ.get('LOCAL_RANK', 0)) > 0:
             time.sleep(15)
-        message = f'{Path(sys.argv[0]).name}: {" ".join(str(error).split())}'
-    except KeyboardInterrupt:
-        if not scratch:
-            raise
-        sys.exit(f'{Path(sys.argv[0]).name}: interrupted; the same command takes up what is done')
-    if scratch:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with suppress(OSError):
-            scratch.parent.rmdir()
-    if message:
-        sys.exit(message)
+        sys.exit(f'{Path(sys.argv[0]).name}: {" ".join(str(error).split())}')
 
 
 def check_disk(folder, size):
@@ -80,22 +67,27 @@ def whole_file(path):
 # -----------------------------------------------------------------------------
 # bins
 
-def open_bin(dataset, split, block_size):
+def open_bin(dataset, split, block_size, vocab_size):
     """
     The token ids of a split: uint16 (N,), mapped from the disk, read-only. Raises FileNotFoundError or
-    ValueError, with the command to run, where the bin is missing or too short for a window.
+    ValueError, with the command to run, where the bin is missing, too short for a window, or, by a sample,
+    not of this vocabulary.
     """
     path = DATA / dataset / f'{split}.bin'
     scripts = sorted(script.parent.name for script in DATA.glob('*/prepare.py'))
     prepare = (f'run: python data/{dataset}/prepare.py' if dataset in scripts else
                f'datasets with a prepare.py are {", ".join(scripts)}')
     if not path.exists():
-        raise FileNotFoundError(f'{path} is not there; {prepare}')
+        there = ', '.join(sorted(other.name for other in path.parent.glob('*.bin')))
+        raise FileNotFoundError(f'{path} is not there{there and f", but {there}"}; {prepare}')
     if (size := path.stat().st_size) % 2 or size < 4:
         raise ValueError(f'{path}: {size:,} bytes are no uint16 tokens; {prepare}')
     if size < 2 * (block_size + 1):
         raise ValueError(f'{path}: {size // 2:,} tokens; the most is --block_size={size // 2 - 1}')
-    return np.asarray(np.memmap(path, dtype='<u2', mode='r'))
+    ids = np.asarray(np.memmap(path, dtype='<u2', mode='r'))
+    if (largest := largest_id(ids)) >= vocab_size:
+        raise ValueError(f'{path} holds token {largest}, and its vocabulary has {vocab_size}; {prepare}')
+    return ids
 
 
 def largest_id(ids):
@@ -155,7 +147,7 @@ def hf_record(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return {'kind': 'hf', 'json': tokenizer.backend_tokenizer.to_str(), 'end': tokenizer.eos_token_id}
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # broken files fail in any way
         raise ValueError(f'{name}: no tokenizer there that tokenizer.json can hold ({error})') from None
 
 
@@ -178,21 +170,24 @@ def get_tokenizer(record):
     if record['kind'] == 'hf':
         from tokenizers import Tokenizer
         hf = Tokenizer.from_str(record['json'])
+        hf.no_truncation()
+        hf.no_padding()
 
         def encode(text, special=False):
             hf.encode_special_tokens = not special
             return hf.encode(text, add_special_tokens=False).ids
         decode = lambda ids: hf.decode(ids, skip_special_tokens=False)
-        return encode, decode, hf.get_vocab_size(), record['end']
+        return encode, decode, max(hf.get_vocab().values()) + 1, record['end']
 
     import tiktoken
     try:
         bpe = tiktoken.get_encoding('gpt2')
     except OSError as error:  # every error of requests is one
         cache = os.environ.get('TIKTOKEN_CACHE_DIR') or Path(tempfile.gettempdir(), 'data-gym-cache')
-        raise OSError("could not fetch GPT-2's tokenizer, vocab.bpe and encoder.json, which is cached in "
-                      f'{cache} (TIKTOKEN_CACHE_DIR): {type(error).__name__}. The datasets python_char, '
-                      'shakespeare_char and holmes need none') from None
+        raise OSError("could not fetch GPT-2's tokenizer, vocab.bpe and encoder.json: "
+                      f'{type(error).__name__}. tiktoken would cache it in {cache}: copy that folder from a '
+                      'machine with a network, and set TIKTOKEN_CACHE_DIR to it. Characters need none: '
+                      'python_char, shakespeare_char, holmes, and custom with --tokenizer=char') from None
 
     def encode(text, special=False):
         names = {'<|endoftext|>'} if special else set()

@@ -48,8 +48,8 @@ def _configure(settings):
         settings[key] = value
 
     def run_file(path):
-        if not os.path.isfile(path):
-            refuse(f'no config file {path!r}; settings are given as --key=value')
+        if not os.path.isfile(path) or not path.endswith('.py'):
+            refuse(f'no config file {path!r}, NAME.py; settings are given as --key=value')
         names = dict(settings)
         try:
             with open(path, encoding='utf-8') as f:

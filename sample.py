@@ -65,8 +65,8 @@ with one_line_errors():
         record = {'kind': 'gpt2'} if bare or init_from in GPT2_NAMES else hf_record(init_from)
     encode, decode, vocab_size, _ = get_tokenizer(record)
 
-    prompt = list(encode(start, special=True))
-    if not prompt:
+    prompt = encode(start, special=True)
+    if not len(prompt):
         raise ValueError('the prompt is empty; give it a character at least, as in --start="A"')
     if max(prompt) >= model.config.vocab_size:
         raise ValueError(f'the prompt has token {max(prompt)}, and the model only {model.config.vocab_size}')
@@ -82,7 +82,7 @@ model.eval().to(device)
 if compile:
     model.compile()  # in place, so that generate() runs the compiled one
 
-idx = torch.tensor([prompt], device=device)  # (1, T)
+idx = torch.tensor([list(prompt)], dtype=torch.long, device=device)  # (1, T)
 for _ in range(num_samples):
     with autocast:
         tokens = model.generate(idx, max_new_tokens, temperature, top_k, vocab_size)

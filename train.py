@@ -132,7 +132,7 @@ with one_line_errors():
     meta = load_meta(dataset)
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded to a multiple of 64
     tokenizer = tokenizer_record(meta)
-    data = {split: open_bin(dataset, split, block_size) for split in ('train', eval_split)}
+    data = {split: open_bin(dataset, split, block_size, vocab_size) for split in ('train', eval_split)}
 
     iter_num, best_val_loss = 0, math.inf
     resumed, source = None, init_from

@@ -15,8 +15,8 @@ import sys
 import threading
 import urllib.request
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
@@ -24,7 +24,37 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bins import check_disk, get_tokenizer, meta_of, whole_file
+from bins import check_disk, get_tokenizer, meta_of, one_line_errors, whole_file
+
+
+@contextmanager
+def preparing(folder):
+    """
+    The block of a prepare script: errors in one line, and nothing left of folder/parts.tmp, where
+    unfinished work is. But a run that was killed or interrupted leaves it to the next, and an error does
+    not remove what an earlier run left. Of one folder there is one preparation at a time.
+    """
+    scratch, new = folder / 'parts.tmp', not folder.exists()
+    owner = scratch / 'process'
+    with one_line_errors():
+        with suppress(OSError):  # where there is no such file, or no /proc
+            if b'prepare.py' in Path('/proc', owner.read_text(), 'cmdline').read_bytes():
+                raise ValueError(f'process {owner.read_text()} is preparing {folder}; wait for it')
+        keep = scratch.exists()
+        scratch.mkdir(parents=True, exist_ok=True)
+        owner.write_text(str(os.getpid()))
+        try:
+            yield
+            keep = False
+        except (KeyboardInterrupt, BrokenExecutor) as error:  # a worker died, most likely for want of memory
+            keep = True
+            raise OSError(f'{str(error) or "interrupted."} The same command takes up what is done') from None
+        finally:
+            owner.unlink(missing_ok=True)
+            if not keep:
+                shutil.rmtree(scratch, ignore_errors=True)
+                if new and not any(folder.iterdir()):
+                    folder.rmdir()
 
 # -----------------------------------------------------------------------------
 # where texts come from
@@ -52,9 +82,13 @@ def find_texts(source, *suffixes, prefix=''):
         raise FileNotFoundError(f'{source} is not there')
     if source.is_file() and '.txt' in suffixes:
         return [source]  # by whatever name
-    paths = sorted(source.rglob(f'{prefix}*')) if source.is_dir() else [source]
-    if not (found := [path for path in paths if path.suffix in suffixes and path.is_file()]):
+    inside = source.glob('*') if prefix else source.rglob('*')
+    paths = [path for path in sorted(inside) or [source] if path.is_file() and path.name.startswith(prefix)]
+    found = [path for path in paths if path.suffix.lower() in suffixes]
+    if not found:
         raise ValueError(f'{source}: no {" or ".join(prefix + "*" + suffix for suffix in suffixes)}')
+    if left_out := len(paths) - len(found):
+        print(f'{left_out:,} files of other kinds are left out')
     return found
 
 
@@ -67,23 +101,31 @@ def _read_parquet(path):
                 raise ValueError(f'no column text, but {", ".join(file.schema_arrow.names)}')
             for batch in file.iter_batches(1000, columns=['text']):
                 for row, text in enumerate(batch['text'].to_pylist(), row + 1):
-                    yield text + ''
+                    if not isinstance(text, str):
+                        raise ValueError(f'row {row}: {text!r:.50} is no text')
+                    yield text
                     yield None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{path}, row {row}: {error}') from None
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def _read_jsonl(path):
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             try:
-                if line.strip():
-                    text = json.loads(line.decode('utf-8-sig'))['text']
-                    text.encode()  # half of a surrogate pair, a null, a number fail here
-                    yield text
-                    yield None
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f'{path}, line {number}: {type(error).__name__}: {error}') from None
+                if not line.strip():
+                    continue
+                row = json.loads(line.decode('utf-8-sig'))
+                if not isinstance(row, dict) or not isinstance(row.get('text'), str):
+                    raise ValueError('no key text with a text')
+                row['text'].encode()  # not half of a surrogate pair
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f'{path}, line {number}: {error}') from None
+            yield row['text']
+            yield None
+
+
+SPACES = ''.join(c for c in map(chr, range(0x3001)) if c.isspace() and not '\x1c' <= c <= '\x1f')  # GPT-2's
 
 
 def _read_plain(path):
@@ -95,15 +137,13 @@ def _read_plain(path):
                 new.encode()
             except UnicodeEncodeError as error:
                 number += new.count('\n', 0, error.start) + 1
-                raise ValueError(f'{path}, line {number}: it is not in UTF-8') from None
+                raise ValueError(f'{path}, line {number}: not in UTF-8; save it as such') from None
             number += len(lines)
             text += new
-            cut = text.rfind('\n')
-            while cut > 0 and text[cut - 1].isspace():
-                cut = text.rfind('\n', 0, cut)
-            if cut > 0:
-                yield text[:cut]
-                text = text[cut:]
+            end = len(text.rstrip(SPACES))
+            if end:
+                yield text[:end]
+                text = text[end:]
     yield text
     yield None
 
@@ -112,10 +152,10 @@ def read_texts(path):
     """
     Yields the texts of a .parquet file (its column text), of a .jsonl file (the key text of each line),
     or of any other, which is one text in UTF-8; and None after each. The one text comes in pieces of about
-    a million characters, cut before line ends where no token of GPT-2 goes on. Raises ValueError, with the
-    line.
+    a million characters, cut behind the last word of a line, where no token of GPT-2 goes on. Raises
+    ValueError, with the line.
     """
-    reader = {'.parquet': _read_parquet, '.jsonl': _read_jsonl}.get(path.suffix, _read_plain)
+    reader = {'.parquet': _read_parquet, '.jsonl': _read_jsonl}.get(path.suffix.lower(), _read_plain)
     empty = True
     for text in reader(path):
         empty = empty and not text
@@ -139,8 +179,8 @@ def survey(paths, record):
             known |= new
             if lacking := [c for c in sorted(new) if not c.isspace() and not encode(c)]:
                 with open(path, encoding='utf-8', errors='ignore') as file:
-                    line = next((i for i, line in enumerate(file, 1) if lacking[0] in line), '?')
-                raise ValueError(f'{path}, line {line}: the tokenizer has no token for {lacking[0]!r}')
+                    line = next((f', line {i}' for i, line in enumerate(file, 1) if lacking[0] in line), '')
+                raise ValueError(f'{path}{line}: the tokenizer has no token for {lacking[0]!r}')
     print(f'{len(paths):,} files, {documents:,} documents, {characters:,} characters')
     return documents, characters, known
 
@@ -153,14 +193,15 @@ def load_rows(folder, source, name, config=None, split='train', prefix=''):
     """
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
-
+    get_tokenizer({'kind': 'gpt2'})  # where it is missing, this is the time to say so
     if source:
         paths = find_texts(source, '.parquet', '.jsonl', prefix=prefix)
+        check_disk(folder, sum(path.stat().st_size for path in paths))  # at least
         try:
             return Dataset.from_generator(_local_rows, cache_dir=str(folder / 'parts.tmp'), gen_kwargs={
                 'paths': paths, 'times': [path.stat().st_mtime_ns for path in paths]})
         except DatasetsError as error:
-            raise error.__cause__ or error
+            raise ValueError(f'{folder}: {error.__cause__ or error}') from None
     try:
         try:
             return load_dataset(name, config, split=split)
@@ -200,10 +241,12 @@ def _encode(prefix, texts):
     record, encode, _, _, end = _tokenizer
     path = Path(f'{prefix}-{sha256(pickle.dumps((record, texts))).hexdigest()[:16]}')
     if not path.exists():
-        end = np.array([] if end is None else [end], dtype=np.uint32)
-        ids = np.concatenate([end[:0]] + [end if text is None else encode(text) for text in texts])
-        if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
-            raise ValueError(f'token ids from {ids.min()} to {ids.max()} do not fit into uint16')
+        end = [] if end is None else [end]
+        ids = [np.asarray(end if text is None else encode(text), dtype=np.uint32) for text in texts]
+        ids = np.concatenate([np.zeros(0, np.uint32), *ids])
+        if ids.size and ids.max() >= 2**16:
+            raise ValueError(f'token id {ids.max()} does not fit into uint16')
+        check_disk(path.parent, 2 * ids.size)
         with whole_file(path) as temporary:
             ids.astype('<u2').tofile(temporary)
     return path
@@ -214,8 +257,8 @@ def _batches(texts):
     batch, n = [], 0
     for text in texts:
         batch.append(text)
-        n += len(text or ' ')
-        if n >= 2**21:
+        n += len(text or '')
+        if n + len(batch) >= 2**21:
             yield batch, n
             batch, n = [], 0
     yield batch, n
@@ -226,21 +269,31 @@ def write_bins(folder, splits, record, size):
     Encodes `splits`, {name: texts}, with the tokenizer of `record` (bins.py) on all cores, and writes
     {name}.bin of each and meta.pkl into `folder`. `size`, the characters in all, is for the bar and the
     disk. Batches that are finished wait in folder/parts.tmp: an interrupted preparation, run again, takes
-    them up; one_line_errors removes them. Raises ValueError or OSError.
+    them up. Raises ValueError or OSError.
     """
     _, _, vocab_size, _ = get_tokenizer(record)  # here its errors are seen
+    if vocab_size > 2**16:
+        raise ValueError(f'a vocabulary of {vocab_size:,} does not fit into uint16, which holds 65,536')
+    for path in folder.glob('*.bin.tmp'):
+        path.unlink()  # of a run that was killed
     scratch = folder / 'parts.tmp'
     scratch.mkdir(parents=True, exist_ok=True)
-    waiting = sum(path.stat().st_size for path in scratch.iterdir() if path.is_file())
+    waiting = sum(path.stat().st_size for path in scratch.glob('*-*') if path.suffix != '.tmp')
+    if waiting:
+        print(f'{waiting / 1e6:,.1f} MB of tokens are there from an interrupted run')
     check_disk(folder, size * (4 if record['kind'] == 'char' else 1) - waiting)  # batches and bins
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else min(os.cpu_count(), 61)
     if size < 2**22:  # encoded before a process has started
         pool, cores = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(record,)), 1
     else:
         pool = ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'), _start_worker, (record,))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit
+        pool.submit(int)  # starts them
+        signal.signal(signal.SIGINT, handler)
     parts, running = {split: [] for split in splits}, deque()
-    bar = tqdm(total=size, unit='B', unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=size, unit=' characters', unit_scale=True,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # seconds between lines of a log file
 
     def collect(until):
         while len(running) > until:
@@ -249,16 +302,25 @@ def write_bins(folder, splits, record, size):
             bar.update(n)
 
     with bar, pool:
-        for split, texts in splits.items():
-            for index, (batch, n) in enumerate(_batches(texts)):
-                running.append((split, n, pool.submit(_encode, scratch / f'{split}-{index:06}', batch)))
-                collect(until=2 * cores)  # no more text in memory than keeps them busy
-        collect(until=0)
+        try:
+            for split, texts in splits.items():
+                for index, (batch, n) in enumerate(_batches(texts)):
+                    running.append((split, n, pool.submit(_encode, scratch / f'{split}-{index:06}', batch)))
+                    collect(until=2 * cores)  # no more text in memory than keeps them busy
+            collect(until=0)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would break the pool's own end
+            pool.shutdown(cancel_futures=True)
+            raise
+        bar.total = bar.n  # `size` may be of bytes
 
-    meta = meta_of(record, vocab_size)
     sizes = {split: sum(path.stat().st_size for path in parts[split]) for split in splits}
     check_disk(folder, sum(sizes.values()))
-    with ExitStack() as files:  # all are written before the first is renamed
+    meta = pickle.dumps(meta_of(record, vocab_size))
+    meta_path = folder / 'meta.pkl'
+    with ExitStack() as files:  # all are written before the first is renamed, meta.pkl the last
+        if record['kind'] != 'gpt2':
+            files.enter_context(whole_file(meta_path)).write_bytes(meta)
         for split in splits:
             if not sizes[split]:
                 raise ValueError(f'{folder}: no text is left for {split}.bin')
@@ -266,10 +328,11 @@ def write_bins(folder, splits, record, size):
                 for path in parts[split]:
                     with open(path, 'rb') as part:
                         shutil.copyfileobj(part, out)
-        if meta:
-            files.enter_context(whole_file(folder / 'meta.pkl')).write_bytes(pickle.dumps(meta))
-        else:
-            (folder / 'meta.pkl').unlink(missing_ok=True)
+                out.flush()
+                os.fsync(out.fileno())
+        if (meta_path.read_bytes() if meta_path.exists() else pickle.dumps(None)) != meta:
+            for path in (meta_path, *folder.glob('*.bin')):  # never these with the new ones
+                path.unlink(missing_ok=True)
     print(f'vocabulary: {vocab_size:,} {"characters" if record["kind"] == "char" else "tokens"}')
     for split in splits:
         print(f'{split}.bin: {sizes[split] // 2:,} tokens')

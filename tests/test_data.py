@@ -27,6 +27,7 @@ import texts
 SITECUSTOMIZE = r'''
 import tiktoken, tiktoken.registry
 pieces = [bytes([i]) for i in range(256)] + [b'\n\n', b' t', b'he', b' the', b'\n ', b'th', b' a', b'  ']
+pieces += [b'\xff%d' % i for i in range(len(pieces), 50256)]  # in no text
 tiktoken.registry.ENCODINGS['gpt2'] = tiktoken.Encoding('gpt2',
     pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     mergeable_ranks={piece: i for i, piece in enumerate(pieces)}, special_tokens={'<|endoftext|>': 50256})
@@ -115,6 +116,11 @@ def test_a_long_text_is_cut_where_no_token_goes_on(tmp_path, gpt2):
     assert ''.join(pieces) == text
     ids = [i for piece in pieces for i in gpt2.encode_ordinary(piece)]
     assert ids == gpt2.encode_ordinary(text)
+    lines = ' the cat \x1c \n\n  \n' * 200_000  # as in WikiText's own files, white space ends every line
+    (tmp_path / 'a.txt').write_text(lines)
+    pieces = list(texts.read_texts(tmp_path / 'a.txt'))[:-1]
+    ids = [i for piece in pieces for i in gpt2.encode_ordinary(piece)]
+    assert len(pieces) > 3 and ids == gpt2.encode_ordinary(lines)
 
 
 def test_rows_of_files(tmp_path):
@@ -131,18 +137,19 @@ def test_rows_of_files(tmp_path):
 
 
 @pytest.mark.parametrize('name, content, message', [
-    ('a.txt', b'one\ntwo\nthr\xe9e\n', 'a.txt, line 3: it is not in UTF-8'),
+    ('a.txt', b'one\ntwo\nthr\xe9e\n', 'a.txt, line 3: not in UTF-8'),
     ('a.txt', b'', 'a.txt: there is no text in it'),
-    ('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', 'a.jsonl, line 2: JSONDecodeError'),
-    ('a.jsonl', b'{"text": "a"}\n\n{"txt": "b"}\n', "a.jsonl, line 3: KeyError: 'text'"),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', 'a.jsonl, line 2: Expecting'),
+    ('a.jsonl', b'{"text": "a"}\n\n{"txt": "b"}\n', "a.jsonl, line 3: no key text"),
     ('a.jsonl', b'{"text": 3}\n', 'a.jsonl, line 1'),
-    ('a.jsonl', b'{"text": "\xe9"}\n', 'a.jsonl, line 1: UnicodeDecodeError'),
+    ('a.jsonl', b'{"text": "\xe9"}\n', 'a.jsonl, line 1: \'utf-8\' codec'),
     ('a.jsonl', b'[1]\n', 'a.jsonl, line 1'),
-    ('a.jsonl', rb'{"text": "\ud800"}', 'a.jsonl, line 1: UnicodeEncodeError'),
-    ('a.parquet', b'not one', 'a.parquet, row 0'),
-    ('a.parquet', {'txt': ['a']}, 'a.parquet, row 0: no column text, but txt'),
-    ('a.parquet', {'text': ['a', None]}, 'a.parquet, row 2'),
-    ('a.parquet', {'text': [1]}, 'a.parquet, row 1')])
+    ('a.jsonl', b'[' * 100_000, 'a.jsonl, line 1: maximum recursion'),
+    ('a.jsonl', rb'{"text": "\ud800"}', 'a.jsonl, line 1: \'utf-8\' codec'),
+    ('a.parquet', b'not one', 'a.parquet: '),
+    ('a.parquet', {'txt': ['a']}, 'a.parquet: no column text, but txt'),
+    ('a.parquet', {'text': ['a', None]}, 'a.parquet: row 2: None is no text'),
+    ('a.parquet', {'text': [1]}, 'a.parquet: row 1: 1 is no text')])
 @pytest.mark.parametrize('script', ['custom', 'bookcorpus'])
 def test_bad_files_get_one_line(tmp_path, monkeypatch, clone, capsys, gpt2, script, name, content, message):
     """ In this process; sys.exit with a text prints it on standard error, exit code 1. """
@@ -166,9 +173,13 @@ def test_bad_files_get_one_line(tmp_path, monkeypatch, clone, capsys, gpt2, scri
 
 @pytest.mark.parametrize('flags, message', [
     (['--source=nowhere'], 'nowhere is not there'),
-    (['--source=.', '--tokenizer=nowhere'], 'nowhere'),
+    (['--source=.', '--tokenizer=gpt-2'], "tokenizer='gpt-2' must be gpt2, char, or a"),
+    (['--source=.', '--tokenizer=.'], 'no tokenizer there'),
     ([], 'set --source='),
-    (['--source=.', '--name=shakespeare'], 'has a prepare.py of its own'),
+    (['--source=.', '--val_fraction=1'], 'val_fraction=1.0'),
+    (['--source=.', '--name=shakespeare'], 'is taken'),
+    (['--source=.', '--name='], "name=''"),
+    (['--source=.', '--name=../x'], "name='../x'"),
     (['--source=.', '--name=empty'], 'no *.txt or *.jsonl or *.parquet')])
 def test_custom_refuses(clone, flags, message):
     folder = clone / 'data/custom'
@@ -219,6 +230,23 @@ def test_a_disk_that_is_full_is_noticed_first(tmp_path, monkeypatch, gpt2):
     assert not list(tmp_path.glob('*.bin*'))
 
 
+def test_a_vocabulary_that_is_too_large_is_noticed_first(tmp_path):
+    with pytest.raises(ValueError, match='65,536'):
+        texts.write_bins(tmp_path, {'train': ['a']}, {'kind': 'char', 'itos': list(range(65_537))}, 1)
+
+
+def test_another_tokenizer_replaces_everything(tmp_path, gpt2):
+    """ Neither its finished batches nor its bins nor its meta.pkl are mixed with the new ones. """
+    record = {'kind': 'char', 'itos': ['a', 'b']}
+    texts.write_bins(tmp_path, {split: ['ab'] for split in ('train', 'val', 'test')}, record, 2)
+    other = {'kind': 'char', 'itos': ['b', 'a']}
+    texts.write_bins(tmp_path, {split: ['ab'] for split in ('train', 'val')}, other, 2)
+    assert read(tmp_path, 'train') == [1, 0] and not (tmp_path / 'test.bin').exists()
+    assert pickle.loads((tmp_path / 'meta.pkl').read_bytes())['stoi'] == {'b': 0, 'a': 1}
+    texts.write_bins(tmp_path, {'train': ['ab'], 'val': ['ab']}, {'kind': 'gpt2'}, 2)
+    assert read(tmp_path, 'val') == gpt2.encode_ordinary('ab') and not (tmp_path / 'meta.pkl').exists()
+
+
 def test_special_tokens_in_a_text_are_letters(tmp_path, gpt2):
     texts.write_bins(tmp_path, {'train': ['<|endoftext|>', None]}, {'kind': 'gpt2'}, 10)
     assert read(tmp_path, 'train') == gpt2.encode_ordinary('<|endoftext|>') + [50256]
@@ -230,7 +258,7 @@ def test_a_tokenizer_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
         raise ConnectionError('no network')
     monkeypatch.setattr(tiktoken, 'get_encoding', fail)
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', '/the/cache')
-    with pytest.raises(OSError, match='vocab.bpe.*/the/cache.*ConnectionError.*python_char'):
+    with pytest.raises(OSError, match='vocab.bpe.*ConnectionError.*/the/cache.*python_char'):
         texts.write_bins(tmp_path, {'train': ['a']}, {'kind': 'gpt2'}, 1)
     assert not list(tmp_path.iterdir())
 
@@ -313,11 +341,12 @@ def test_prepare_openwebtext_in_many_processes(clone, tmp_path, gpt2):
 
 
 def test_prepare_bookcorpus(clone, tmp_path, gpt2):
-    rows = [f'the cat sat {i} .' for i in range(70_000)]  # 35 are held out: single rows
+    rows = [f'the cat sat {i} .' for i in range(130_000)]  # 65 are to be held out: 32 runs of two
     pq.write_table(pa.table({'text': rows}), tmp_path / 'a.parquet')
     folder = clone / 'data/bookcorpus'
     prepare(folder, f'--source={tmp_path}/a.parquet')
-    held_out = set(np.random.default_rng(2357).choice(70_000, 35, replace=False).tolist())
+    runs = np.random.default_rng(2357).choice(65_000, 32, replace=False).tolist()
+    held_out = {2 * run + i for run in runs for i in (0, 1)}
     for split in ('train', 'val'):
         assert read(folder, split) == [i for n, row in enumerate(rows) if (n in held_out) == (split == 'val')
                                        for i in gpt2.encode_ordinary(row) + gpt2.encode_ordinary('\n')]
@@ -355,11 +384,55 @@ def test_killed_and_run_again(tmp_path, gpt2):
     assert sorted(path.name for path in folder.iterdir()) == ['train.bin', 'val.bin']
 
 
+def test_ctrl_c_twice(tmp_path, gpt2):
+    """ One line, no traceback of a worker, what is done stays; and the same command goes on. """
+    (tmp_path / 'a.txt').write_text(prose(20_000_000))
+    command = [sys.executable, ROOT / 'data/custom/prepare.py', '--source=a.txt', f'--name={tmp_path}/bins']
+    started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    while not list(tmp_path.glob('bins/parts.tmp/train-000000-????????????????')):
+        assert started.poll() is None
+        time.sleep(0.01)
+    for _ in range(2):
+        os.killpg(started.pid, signal.SIGINT)
+        time.sleep(0.05)
+    _, error = started.communicate(timeout=30)
+    assert started.returncode == 1 and error.splitlines()[-1].startswith('prepare.py: interrupted.')
+    assert 'Traceback' not in error and list(tmp_path.glob('bins/parts.tmp/train-*'))
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert 'from an interrupted run' in out and not (tmp_path / 'bins/parts.tmp').exists()
+
+
+def test_one_preparation_at_a_time(tmp_path):
+    scratch = tmp_path / 'bins/parts.tmp'
+    scratch.mkdir(parents=True)
+    other = subprocess.Popen([sys.executable, '-c', 'input()', 'prepare.py'], stdin=subprocess.PIPE)
+    (scratch / 'process').write_text(str(other.pid))
+    (tmp_path / 'a.txt').write_text('some text')
+    settings = dict(source='a.txt', name=tmp_path / 'bins', tokenizer='char')
+    _, error = run('data/custom/prepare.py', cwd=tmp_path, code=1, **settings)
+    assert f'process {other.pid} is preparing' in error
+    other.communicate(b'')
+    run('data/custom/prepare.py', cwd=tmp_path, **settings)
+
+
+def test_a_retired_loading_script_is_not_the_end(tmp_path, monkeypatch, gpt2):
+    import datasets
+
+    def load_dataset(name, config, split, revision=None):
+        if revision is None:
+            raise RuntimeError(f'Dataset scripts are no longer supported, but found {name}.py')
+        return name, config, split, revision
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    assert texts.load_rows(tmp_path, '', 'a/b') == ('a/b', None, 'train', 'refs/convert/parquet')
+
+
 def test_custom_trained_and_sampled(tmp_path, gpt2):
     """ Documents from files of three kinds, in a Hugging Face tokenizer that travels with the model. """
     import tokenizers
     import transformers
     documents = [f'the cat {i} sat on a mat.\n' * 20 for i in range(20)]
+    documents[3] += '<eos>'  # letters
     source = tmp_path / 'source'
     source.mkdir()
     (source / 'a.txt').write_text(documents[0])
@@ -370,8 +443,13 @@ def test_custom_trained_and_sampled(tmp_path, gpt2):
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=['<eos>'], initial_alphabet=bpe.pre_tokenizer.alphabet()))
+    bpe.enable_truncation(16)  # as those of many models are saved
+    bpe.enable_padding(length=32)
     hf = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<eos>')
     hf.save_pretrained(tmp_path / 'hf')
+    bpe.no_truncation()
+    bpe.no_padding()
+    bpe.encode_special_tokens = True
     folder = tmp_path / 'bins'
     out, _ = run('data/custom/prepare.py', cwd=tmp_path, source='source', name=folder, tokenizer='hf',
                  val_fraction=0.2)
@@ -379,7 +457,7 @@ def test_custom_trained_and_sampled(tmp_path, gpt2):
     held_out = set(np.random.default_rng(2357).permutation(20)[:4].tolist())
     for split in ('train', 'val'):
         expected = [i for n, document in enumerate(documents) if (n in held_out) == (split == 'val')
-                    for i in hf.encode(document) + [hf.eos_token_id]]
+                    for i in bpe.encode(document).ids + [bpe.token_to_id('<eos>')]]
         assert read(folder, split) == expected
     shutil.rmtree(tmp_path / 'hf')
     train(tmp_path, folder, max_iters=200, lr_decay_iters=200, eval_interval=0)
@@ -398,6 +476,26 @@ def test_a_tokenizer_without_a_token_for_a_character(tmp_path):
                    tokenizer='hf', code=1)
     assert "a.txt, line 2: the tokenizer has no token for '\xe9'" in error.splitlines()[-1]
     assert not (tmp_path / 'bins').exists()
+
+
+def test_an_error_leaves_what_an_earlier_run_left(tmp_path):
+    (tmp_path / 'bins/parts.tmp').mkdir(parents=True)
+    (tmp_path / 'bins/parts.tmp/train-000000-x').write_text('')
+    _, error = run('data/custom/prepare.py', cwd=tmp_path, source='nowhere', name=tmp_path / 'bins', code=1)
+    assert 'nowhere is not there' in error and len(list(tmp_path.glob('bins/parts.tmp/*'))) == 1
+
+
+def test_gpt2_tokens_trained_and_sampled(tmp_path, gpt2):
+    """ One document: cut by its characters, with one end-of-text. """
+    text = prose(5000)
+    (tmp_path / 'mine').write_text(text)
+    folder = tmp_path / 'bins'
+    run('data/custom/prepare.py', cwd=tmp_path, source='mine', name=folder, val_fraction=0.2)
+    assert read(folder, 'train') == gpt2.encode_ordinary(text[:int(0.8 * len(text))])
+    assert read(folder, 'val') == gpt2.encode_ordinary(text[int(0.8 * len(text)):]) + [50256]
+    train(tmp_path, folder, max_iters=2)
+    out, _ = run('sample.py', cwd=tmp_path, start='the<|endoftext|>', num_samples=1, max_new_tokens=5, seed=1)
+    assert 'the<|endoftext|>' in out
 
 
 def test_eval_split(tmp_path, dataset):

@@ -58,13 +58,22 @@ def test_a_bin_is_checked_before_it_is_used(tmp_path, content, message):
     if content is not None:
         (tmp_path / 'train.bin').write_bytes(content)
     with pytest.raises((ValueError, OSError), match=message):
-        bins.open_bin(tmp_path, 'train', block_size=8)
+        bins.open_bin(tmp_path, 'train', block_size=8, vocab_size=50304)
+
+
+def test_a_bin_of_another_vocabulary_or_split_is_refused(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / 'train.bin')
+    assert len(bins.open_bin(tmp_path, 'train', 8, vocab_size=100)) == 100
+    with pytest.raises(ValueError, match='holds token 99, and its vocabulary has 99; .*prepare.py'):
+        bins.open_bin(tmp_path, 'train', 8, vocab_size=99)
+    with pytest.raises(FileNotFoundError, match='test.bin is not there, but train.bin; '):
+        bins.open_bin(tmp_path, 'test', 8, vocab_size=100)
 
 
 def test_the_largest_id_of_a_sample(tmp_path):
     ids = np.arange(5000, dtype=np.uint16)
     ids.tofile(tmp_path / 'train.bin')
-    assert bins.largest_id(bins.open_bin(tmp_path, 'train', block_size=8)) == 4999
+    assert bins.largest_id(bins.open_bin(tmp_path, 'train', block_size=8, vocab_size=50304)) == 4999
     assert bins.largest_id(ids[:9]) == 8
 
 

@@ -1,8 +1,7 @@
 """
 Your own text: python data/custom/prepare.py --source=notes/ --name=notes
 
-Source: .txt files in UTF-8, each a document; .jsonl, a document in the key text of each line; .parquet, a
-document in each row of the column text; in the order of their names.
+Source: .txt, a document each; .jsonl and .parquet, with a document in each row's text; in order of name.
 Split: of one document, the last characters are val; of many, some, drawn by numpy's default_rng(2357).
 Tokens: an end-of-text after each document, where the tokenizer has one.
 """
@@ -14,8 +13,8 @@ import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from bins import DATA, hf_record, one_line_errors  # noqa: E402
-from texts import find_texts, read_texts, survey, write_bins  # noqa: E402
+from bins import DATA, hf_record  # noqa: E402
+from texts import find_texts, preparing, read_texts, survey, write_bins  # noqa: E402
 
 source = ''         # a file or a folder of .txt, .jsonl, .parquet
 name = 'custom'     # the bins go to data/<name>/
@@ -40,18 +39,22 @@ if __name__ == '__main__':
                 number += text is None
 
     folder = DATA / name
-    with one_line_errors(folder / 'parts.tmp'):
-        if not source or not 0 < val_fraction < 1:
-            raise ValueError('set --source=FILE_OR_FOLDER, and a val_fraction between 0 and 1')
-        if folder != FOLDER and (folder / 'prepare.py').exists():
-            raise ValueError(f'{folder} has a prepare.py of its own; take another --name')
+    with preparing(folder):
+        for broken, message in (
+            (not source or not 0 < val_fraction < 1,
+             f'set --source=FILE_OR_FOLDER, and val_fraction={val_fraction} between 0 and 1'),
+            (folder.parent != DATA and not os.path.isabs(name), f'name={name!r} is no name of a folder'),
+            (folder != FOLDER and (folder / 'prepare.py').exists(), f'{name} is taken; give another --name'),
+            (tokenizer not in ('gpt2', 'char') and not os.path.isdir(tokenizer),
+             f'tokenizer={tokenizer!r} must be gpt2, char, or a Hugging Face directory'),
+        ):
+            if broken:
+                raise ValueError(message)
         record = {'kind': tokenizer} if tokenizer in ('gpt2', 'char') else hf_record(tokenizer)
         paths = find_texts(source, '.txt', '.jsonl', '.parquet')
         documents, characters, known = survey(paths, record)
-        if tokenizer == 'char':
-            record['itos'] = sorted(known)
+        record |= {'itos': sorted(known)} if tokenizer == 'char' else {}
 
-        cut = int(characters * (1 - val_fraction))
-        n = max(1, round(documents * val_fraction))
+        cut, n = int(characters * (1 - val_fraction)), max(1, round(documents * val_fraction))
         held_out = np.isin(np.arange(documents), np.random.default_rng(2357).permutation(documents)[:n])
         write_bins(folder, {'train': texts_of('train'), 'val': texts_of('val')}, record, characters)

@@ -15,15 +15,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from bins import one_line_errors  # noqa: E402
-from texts import download, read_texts, write_bins  # noqa: E402
+from texts import download, preparing, read_texts, write_bins  # noqa: E402
 
 _url = 'https://www.gutenberg.org/cache/epub/1661/pg1661.txt'
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
     exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
 
-    with one_line_errors(FOLDER / 'parts.tmp'):
+    with preparing(FOLDER):
         download(_url, FOLDER / 'input.txt')  # no digest: Gutenberg edits its files
         text = ''.join(text or '' for text in read_texts(FOLDER / 'input.txt'))
         marker = r'\*\*\* ?{} (?:THE|THIS) PROJECT GUTENBERG EBOOK.*?\*\*\*'

@@ -14,15 +14,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from bins import one_line_errors  # noqa: E402
-from texts import each, load_rows, write_bins  # noqa: E402
+from texts import each, load_rows, preparing, write_bins  # noqa: E402
 
 source = ''  # a local copy; empty: the hub
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
     exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
 
-    with one_line_errors(FOLDER / 'parts.tmp'):
+    with preparing(FOLDER):
         rows = load_rows(FOLDER, source, 'Skylion007/openwebtext')
         parts = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
         write_bins(FOLDER, {'train': each(parts['train'], None), 'val': each(parts['test'], None)},

@@ -16,8 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from bins import one_line_errors  # noqa: E402
-from texts import write_bins  # noqa: E402
+from texts import preparing, write_bins  # noqa: E402
 
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
@@ -27,22 +26,21 @@ if __name__ == '__main__':
     left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
     most = 12_000_000
 
-    library = Path(sysconfig.get_path('stdlib'))
-    paths = [path.relative_to(library) for path in library.rglob('*.py')]
-    paths = sorted(path.as_posix() for path in paths if not left_out & set(path.parts))
-    texts, size = [], 0
-    for path in paths:
-        text = (library / path).read_text(encoding='utf-8', errors='replace')  # line ends become newlines
-        if not set(text) <= set(vocabulary):
-            continue
-        if size + len(text) > most:
-            break
-        texts.append(text)
-        size += len(text)
-    text = ''.join(texts)
-    cut = int(size * 0.9)
-
-    with one_line_errors(FOLDER / 'parts.tmp'):
+    with preparing(FOLDER):
+        library = Path(sysconfig.get_path('stdlib'))
+        paths = [path.relative_to(library) for path in library.rglob('*.py')]
+        paths = sorted(path.as_posix() for path in paths if not left_out & set(path.parts))
+        texts, size = [], 0
+        for path in paths:
+            text = (library / path).read_text(encoding='utf-8', errors='replace')  # line ends become newlines
+            if not set(text) <= set(vocabulary):
+                continue
+            if size + len(text) > most:
+                break
+            texts.append(text)
+            size += len(text)
+        text = ''.join(texts)
+        cut = int(size * 0.9)
         if not text:
             raise ValueError(f'this Python has no source files under {library}')
         print(f'Python {platform.python_version()}: {len(texts):,} of {len(paths):,} files')

@@ -12,8 +12,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from bins import one_line_errors  # noqa: E402
-from texts import download, read_texts, write_bins  # noqa: E402
+from texts import download, preparing, read_texts, write_bins  # noqa: E402
 
 _url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 _sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -21,7 +20,7 @@ _sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 if __name__ == '__main__':
     exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
 
-    with one_line_errors(FOLDER / 'parts.tmp'):
+    with preparing(FOLDER):
         download(_url, FOLDER / 'input.txt', _sha256)
         text = ''.join(text or '' for text in read_texts(FOLDER / 'input.txt'))
         cut = int(len(text) * 0.9)

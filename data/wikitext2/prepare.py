@@ -13,15 +13,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from bins import one_line_errors  # noqa: E402
-from texts import each, load_rows, write_bins  # noqa: E402
+from texts import each, load_rows, preparing, write_bins  # noqa: E402
 
 source = ''  # a local copy; empty: the hub
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
     exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
 
-    with one_line_errors(FOLDER / 'parts.tmp'):
+    with preparing(FOLDER):
         rows = {split: load_rows(FOLDER, source, 'Salesforce/wikitext', 'wikitext-2-raw-v1', theirs, prefix)
                 for split, theirs, prefix in (('train', 'train', 'train'), ('val', 'validation', 'valid'),
                                               ('test', 'test', 'test'))}
