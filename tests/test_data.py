@@ -389,7 +389,8 @@ def test_ctrl_c_twice(tmp_path, gpt2):
     (tmp_path / 'a.txt').write_text(prose(20_000_000))
     command = [sys.executable, ROOT / 'data/custom/prepare.py', '--source=a.txt', f'--name={tmp_path}/bins']
     started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
+                               text=True, start_new_session=True,  # a shell's background job ignores it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not list(tmp_path.glob('bins/parts.tmp/train-000000-????????????????')):
         assert started.poll() is None
         time.sleep(0.01)
