@@ -1,5 +1,6 @@
 """
-A run on disk: ckpt.pt, one torch.save of a dict that any reader of the nanoGPT format can read.
+A run on disk: ckpt.pt, one torch.save of a dict that any reader of the nanoGPT format can read, and
+beside it, where ckpt.pt is the best and not the latest, ckpt_last.pt, the same of the latest.
 
     model           state dict of the bare GPT; old files may have '_orig_mod.' before every key
     optimizer       state dict of AdamW
@@ -10,14 +11,17 @@ A run on disk: ckpt.pt, one torch.save of a dict that any reader of the nanoGPT 
     gelu            ours: the form of GELU; old files, and those without it, mean 'exact'
     tokenizer       ours: what bins.tokenizer_record keeps of the dataset's tokenizer
     scaler          ours: state dict of the GradScaler, empty where it was off
+    run_id, job     ours: the same in both files of a run; which torchrun job wrote them, or ''
 
 In memory `model_args` is whatever GPTConfig takes, so gelu is among them there.
 """
 import re
+import zipfile
+from pathlib import Path
 
 import torch
 
-from bins import whole_file
+from bins import check_disk, whole_file
 
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
@@ -34,7 +38,7 @@ def plain(value):
 def save_checkpoint(path, model, optimizer, **fields):
     """
     Writes the run to `path`, whole or not at all. `model` is the bare GPT (torch.compile and DDP each
-    put a prefix on the keys); `fields` are the rest of the dict above.
+    put a prefix on the keys); `fields` are the rest of the dict above. Raises OSError where it can't.
     """
     state = model.state_dict()
     assert 'lm_head.weight' in state, 'save the bare model, not a wrapper'
@@ -45,17 +49,37 @@ def save_checkpoint(path, model, optimizer, **fields):
         'gelu': model.config.gelu,
         **fields,
     }
+    moments = [value for moments in checkpoint['optimizer']['state'].values() for value in moments.values()]
+    check_disk(Path(path).parent, sum(t.nbytes for t in (*model.parameters(), *moments)))
     with whole_file(path) as temporary:
-        torch.save(plain(checkpoint), temporary)
+        try:
+            torch.save(plain(checkpoint), temporary)
+        except RuntimeError as error:  # of torch's writer, where the disk filled up or went away
+            raise OSError(f'{path}: {str(error).splitlines()[0]}') from None
 
 
-def load_checkpoint(path):
+def newest_checkpoint(out_dir):
     """
-    Reads `path` as data, on the CPU; nothing in it is run. Old forms come back in the current one.
-    Raises FileNotFoundError, or ValueError that says what is wrong with the file.
+    The file that a run goes on from, of those in `out_dir`: ckpt_last.pt where it is later than ckpt.pt
+    and of the same run, or alone; else ckpt.pt, there or not.
+    """
+    best, last = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
+    if not last.exists() or not best.exists():
+        return last if last.exists() else best
+    a, b = (load_checkpoint(path, mmap=True) for path in (best, last))
+    same = a.get('run_id') == b.get('run_id') is not None
+    return last if same and b.get('iter_num', 0) > a.get('iter_num', 0) else best
+
+
+def load_checkpoint(path, mmap=False):
+    """
+    Reads `path` as data, on the CPU; nothing in it is run. Old forms come back in the current one. With
+    `mmap`, for a look at it, tensors stay in the file, where its form is not the oldest. Raises
+    FileNotFoundError, or ValueError that says what is wrong with the file.
     """
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise FileNotFoundError(f'there is no checkpoint {path}; train one first, or name another') from None
     except Exception as error:  # a broken file fails in any way

@@ -10,10 +10,12 @@ Settings are the variables below: set them with --key=value, or in a file named 
 """
 import math
 import os
+import sys
 import time
+from collections import deque
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,19 +23,22 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bins import largest_id, load_meta, one_line_errors, open_bin, tokenizer_record, windows
-from checkpoint import load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from checkpoint import load_checkpoint, load_optimizer, load_weights, newest_checkpoint, save_checkpoint
+from checks import Signals, check_train, explain
 from model import GPT, GPT2_NAMES, GPTConfig, choose_device, peak_flops
 
 # -----------------------------------------------------------------------------
 # the run
-out_dir = 'out'               # folder of ckpt.pt, made where it is missing
+out_dir = 'out'               # folder of the checkpoints, made where it is missing
 eval_interval = 2000          # iterations between evaluations; 0: only after the last
 log_interval = 1              # iterations between log lines; 0: none
 eval_iters = 200              # batches an evaluation reads of each split; -1: all of val, as much of train
 eval_only = False             # evaluate once, write nothing to out_dir, exit
 eval_split = 'val'            # what is evaluated beside train; with eval_only also another, such as test
-always_save_checkpoint = True  # save at every evaluation; False: only at the lowest validation loss so far
-init_from = 'scratch'         # scratch; resume (out_dir/ckpt.pt); auto (resume if it is there, else scratch);
+always_save_checkpoint = True  # ckpt.pt is the latest; False: the best, with the latest in ckpt_last.pt
+checkpoint_interval = 0       # iterations between saves beside those at evaluations; 0: those alone
+max_bad_steps = 10            # updates in a row skipped for numbers that are not finite; 0: any number
+init_from = 'scratch'         # scratch; resume (what out_dir holds); auto (resume if it can, else scratch);
                               # gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face directory; its name on
                               # the hub, namespace/name; or a checkpoint file: its weights alone, iteration 0
 seed = 1337                   # of the initial weights, the batches and dropout
@@ -90,27 +95,10 @@ with one_line_errors():
     device_type = device.partition(':')[0]
     if backend == 'auto':
         backend = 'nccl' if device_type == 'cuda' else 'gloo'
-    for broken, message in (
-        (min(batch_size, block_size) < 1,
-         f'batch_size={batch_size} and block_size={block_size} must be at least 1'),
-        (gradient_accumulation_steps < world_size,
-         f'gradient_accumulation_steps={gradient_accumulation_steps} is less than the number of processes, '
-         f'{world_size}, and each needs a micro-batch'),
-        (eval_split != 'val' and not eval_only, f'eval_split={eval_split!r} takes --eval_only=True'),
-        (eval_iters < 1 and eval_iters != -1, f'eval_iters={eval_iters} must be at least 1, or -1 for all'),
-        (min(eval_interval, log_interval, max_iters, warmup_iters, grad_clip) < 0,
-         'eval_interval, log_interval, max_iters, warmup_iters and grad_clip must not be negative'),
-        (not 0 <= seed < 2**63, f'seed={seed} must be from 0 to 2**63 - 1'),
-        (backend not in ('nccl', 'gloo') or ddp and backend == 'nccl' and device_type != 'cuda',
-         f'backend={backend!r} on {device_type} cannot be; --backend=auto takes what can'),
-        (ddp and device_type == 'mps', 'several processes cannot share an Apple GPU; --device=cpu'),
-        (wandb_log and find_spec('wandb') is None, 'wandb_log=True takes: pip install wandb'),
-        (device_type == 'cuda' and local_world_size > torch.cuda.device_count(),
-         f'{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs'),
-    ):
-        if broken:
-            raise ValueError(message)
-config = {key: globals()[key] for key in config_keys}  # noqa: F821  with what 'auto' became
+    config = {key: globals()[key] for key in config_keys}  # noqa: F821  with what 'auto' became
+    check_train(config, device_type, ddp, world_size, local_world_size)
+explain(config, ddp)
+signals = Signals()
 
 if ddp:
     device = f'cuda:{local_rank}' if device_type == 'cuda' else device
@@ -123,11 +111,20 @@ autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float
 # -----------------------------------------------------------------------------
 # the data and the model
 
-ckpt_path = Path(out_dir, 'ckpt.pt')
+ckpt_path, last_path = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
+job = os.environ.get('TORCHELASTIC_RUN_ID', '')  # stays the same when torchrun starts its workers again
+job = f'agent {os.getppid()}' if job == 'none' else job
 with one_line_errors():
+    found = ckpt_path if eval_only else newest_checkpoint(out_dir)
     if init_from == 'auto':
-        init_from = 'resume' if ckpt_path.exists() else 'scratch'
+        init_from = 'resume' if found.exists() else 'scratch'
         say(f'init_from=auto: {init_from}')
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and found.exists():
+        init_from = 'resume' if load_checkpoint(found, mmap=True).get('job') == job else init_from
+    if ddp:  # what the first process saw holds for all
+        choice = [init_from, found]
+        dist.broadcast_object_list(choice)
+        init_from, found = choice
 
     meta = load_meta(dataset)
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded to a multiple of 64
@@ -135,14 +132,14 @@ with one_line_errors():
     data = {split: open_bin(dataset, split, block_size, vocab_size) for split in ('train', eval_split)}
 
     iter_num, best_val_loss = 0, math.inf
-    resumed, source = None, init_from
+    run_id, resumed, source = uuid4().hex, None, init_from
     torch.manual_seed(seed)  # the initial weights
     if init_from == 'scratch':
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                               bias=bias, vocab_size=vocab_size, dropout=dropout))
     elif init_from == 'resume' or init_from not in GPT2_NAMES and (
             os.path.isfile(init_from) or init_from.endswith('.pt')):
-        source = ckpt_path if init_from == 'resume' else init_from
+        source = found if init_from == 'resume' else init_from
         checkpoint = load_checkpoint(source)
         if checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f'{source} was trained on another vocabulary than that of dataset={dataset}')
@@ -172,6 +169,7 @@ with one_line_errors():
         if scaler.is_enabled() and resumed.get('scaler'):
             scaler.load_state_dict(resumed['scaler'])
         iter_num, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
+        run_id = resumed.get('run_id', run_id)
         say(f'resuming {source} at iteration {iter_num:,}, best val loss {best_val_loss:.4f}')
     elif init_from != 'scratch':
         say(f'starting from the weights of {source}')
@@ -179,8 +177,8 @@ with one_line_errors():
 
     if master_process and not eval_only:  # now, and not after hours
         os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume' and ckpt_path.exists():
-            say(f'{ckpt_path} of an earlier run will be replaced; --init_from=resume goes on with it')
+        if init_from != 'resume' and found.exists():
+            say(f'{found} of an earlier run will be replaced; --init_from=resume goes on with it')
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 peak, peak_source = peak_flops(device_type, dtype)
@@ -284,16 +282,40 @@ if wandb_log and master_process:
     import wandb
     with one_line_errors():
         try:
-            log = wandb.init(project=wandb_project, name=wandb_run_name, config=config).log
+            log = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
+                             resume='allow').log
         except wandb.Error as error:
             raise ValueError(f'wandb: {error} Or set WANDB_MODE=offline, or --wandb_log=False') from None
 
 
-first_iter, saved = iter_num, False
+fresh, saved_iter = init_from != 'resume', iter_num
+
+
+def save(path):
+    """ The run as it is goes to `path`. Where it can't, that is said, and what was there stays. """
+    global fresh, saved_iter
+    saved_iter = iter_num
+    if not master_process:
+        return
+    say(f'saving checkpoint to {out_dir}')
+    try:
+        save_checkpoint(path, raw_model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
+                        config=config, tokenizer=tokenizer, scaler=scaler.state_dict(), run_id=run_id, job=job)
+    except OSError as error:
+        return say(f'WARNING: nothing was saved: {error}. The run goes on, older checkpoints are intact.')
+    if path == ckpt_path or fresh:  # the other file is older, or an earlier run's
+        (last_path if path == ckpt_path else ckpt_path).unlink(missing_ok=True)
+    fresh = False
+
+
+first_iter = iter_num
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
 X, Y = get_batch('train', rank, iter_num)
 running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
+reports, bad_steps, stopping = deque(), 0, False
+smallest = min(raw_model.parameters(), key=lambda p: p.numel())
+signals.wait = True  # from here on the iteration is finished first
 clock = time.perf_counter()
 
 while True:
@@ -302,9 +324,11 @@ while True:
     for group in optimizer.param_groups:
         group['lr'] = lr
 
-    # 2. evaluate, save, and end after the last update
+    # 2. evaluate, save, and end after the last update or on a signal
     finished = iter_num >= max_iters
-    if finished or eval_only or eval_interval and iter_num % eval_interval == 0:
+    due = finished or eval_only or eval_interval and iter_num % eval_interval == 0
+    path = ckpt_path if always_save_checkpoint else last_path
+    if due and not stopping:
         if device_type != 'cpu':
             getattr(torch, device_type).synchronize()
         seconds += time.perf_counter() - clock
@@ -314,16 +338,15 @@ while True:
         log({'iter': iter_num, 'train/loss': losses['train'], f'{eval_split}/loss': val_loss, 'lr': lr,
              'mfu': running_mfu * 100})
         if improved := val_loss < best_val_loss:
-            best_val_loss = val_loss
-        wanted = improved or always_save_checkpoint and math.isfinite(val_loss)
-        wanted = wanted and iter_num > first_iter and not eval_only
-        saved = saved or wanted
-        if wanted and master_process:
-            say(f'saving checkpoint to {out_dir}')
-            save_checkpoint(ckpt_path, raw_model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
-                            config=config, tokenizer=tokenizer, scaler=scaler.state_dict())
+            best_val_loss, path = val_loss, ckpt_path
+        if not eval_only and (iter_num > first_iter or improved and iter_num) and math.isfinite(val_loss):
+            save(path)
         clock = time.perf_counter()
-    if finished or eval_only:
+    elif iter_num > saved_iter and (stopping or checkpoint_interval and iter_num % checkpoint_interval == 0):
+        seconds += time.perf_counter() - clock
+        save(path)
+        clock = time.perf_counter()
+    if finished or eval_only or stopping:
         break
 
     # 3. gradients of this process's micro-batches, reduced over the processes after the last of them
@@ -339,40 +362,78 @@ while True:
             X, Y = get_batch('train', *following)  # while a GPU is still busy with this one
             scaler.scale(loss * world_size).backward()  # DDP takes the mean, here the sum is meant
         loss_sum += loss.detach()
+    report = torch.stack((loss_sum, torch.full((), float(signals.number > 0), device=device)))
+    if ddp:
+        dist.all_reduce(report)
 
-    # 4. clip and step
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-    scaler.step(optimizer)
+    # 4. clip and step; a loss or norm that is not finite skips the update, which the device decides alone
+    scaler.unscale_(optimizer)
+    smallest.grad += 0 * report[0]  # nan where the loss is nan or infinite, so that the norm is as well
+    parameters = list(raw_model.parameters())
+    norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
+            torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    if device_type != 'mps' and not scaler.is_enabled():
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW looks at it, as for a scaler
+    if device_type != 'mps' or torch.isfinite(norm):
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    report, arrival = torch.stack((*report, norm.float())), None
+    if device_type == 'cuda':  # on its way to the host, where it is read when it has long been there
+        report, arrival = torch.empty(3, pin_memory=True).copy_(report, non_blocking=True), torch.cuda.Event()
+        arrival.record()
+    reports.append((iter_num, report, arrival))
 
     # 5. log
     timed += 1
     if log_interval and iter_num % log_interval == 0:
-        if ddp:
-            dist.all_reduce(loss_sum)
-        lossf = loss_sum.item()  # waits for the device
+        if arrival:
+            arrival.synchronize()
+        lossf, _, normf = report.tolist()
         seconds += time.perf_counter() - clock
         dt = seconds / timed
         if iter_num - first_iter >= max(5, timed):  # the first few warm up
             mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt, peak)
             running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
         say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
-            f'{tokens_per_iter / dt:,.0f} tokens/s, {hours(dt * (max_iters - iter_num - 1))} left')
+            f'grad norm {normf:.4f}, {tokens_per_iter / dt:,.0f} tokens/s, '
+            f'{hours(dt * (max_iters - iter_num - 1))} left')
         seconds, timed = 0.0, 0
         clock = time.perf_counter()
+
+    # 6. what the iteration reported, on CUDA the one before: a signal to any process, numbers that went bad
     iter_num += 1
+    if len(reports) > (device_type == 'cuda'):
+        it, report, arrival = reports.popleft()
+        if arrival:
+            arrival.synchronize()
+        lossf, signalled, normf = report.tolist()
+        stopping = signalled > 0
+        overflow = scaler.is_enabled() and math.isfinite(lossf) and not math.isfinite(normf)
+        if math.isfinite(normf) or overflow and scaler.get_scale() >= 1:  # the scaler finds its scale
+            bad_steps = 0
+        else:
+            bad_steps += 1
+            say(f'iter {it}: loss {lossf}, grad norm {normf}: this update was skipped, {bad_steps} in a row')
+        if max_bad_steps and bad_steps >= max_bad_steps:
+            sys.exit(1 if not master_process else
+                     f'train.py: iteration {it}: {bad_steps} updates in a row were not finite. The last good '
+                     f'checkpoint is {newest_checkpoint(out_dir)}: go on from it with --init_from=resume and '
+                     f'a lower learning_rate={learning_rate}, a grad_clip={grad_clip or "0, which is off"}, '
+                     'or --dtype=float32')
 
 if eval_only:
     pass
+elif stopping and not finished:
+    say(f'stopped by {signals.name} at iteration {iter_num:,}; the same command with --init_from=resume goes on')
 elif iter_num == first_iter:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
-elif saved or init_from == 'resume':
+elif ckpt_path.exists() and not fresh:
     say(f'best val loss {best_val_loss:.4f}; try: python sample.py --out_dir={out_dir}')
 else:
-    say(f'best val loss {best_val_loss:.4f}, before the first update, so that nothing was saved; '
-        '--always_save_checkpoint=True saves all the same')
+    say(f'best val loss {best_val_loss:.4f}, before the first update, so that there is no {ckpt_path}; the '
+        f'latest model: python sample.py --init_from={last_path}')
 if ddp:
     dist.destroy_process_group()
+if stopping and not finished:
+    sys.exit(signals.exit_code)
