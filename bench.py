@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from bins import load_meta, one_line_errors, open_bin, windows
-from model import GPT, GPTConfig, choose_device, peak_flops
+from checks import check_bench, explain
+from model import GPT, GPTConfig, choose_device, clip_and_step, peak_flops
 
 # -----------------------------------------------------------------------------
 batch_size = 12          # sequences a step
@@ -40,8 +41,8 @@ patience = 180           # seconds that a measurement may take without a warning
 
 with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile)
-    if batch_size < 1:
-        raise ValueError(f'batch_size={batch_size} must be at least 1')
+    config = {key: globals()[key] for key in config_keys}  # noqa: F821
+    check_bench(config)
     meta = load_meta(dataset) if real_data else None
     vocab_size = meta['vocab_size'] if meta else 50304
     data = None
@@ -54,6 +55,7 @@ with one_line_errors():
     model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                           n_embd=n_embd, dropout=dropout, bias=bias))
 
+explain(config, ddp=False)
 device_type = device.partition(':')[0]
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
@@ -87,11 +89,7 @@ def step():
     X, Y = get_batch()
     loading = time.perf_counter() - before
     scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    clip_and_step(optimizer, scaler, model.parameters(), loss.detach(), grad_clip=1.0)
     if device_type != 'cpu':
         getattr(torch, device_type).synchronize()
     return time.perf_counter() - start, loading

@@ -120,12 +120,15 @@ def load_weights(model, checkpoint, path):
     model.load_state_dict(theirs)
 
 
-def load_optimizer(optimizer, state, path):
+def load_optimizer(optimizer, checkpoint, path):
     """
-    Puts the moments and step counts of `state` into a fresh optimizer that keeps its own settings.
-    The moments of a table lose the rows that it lost to crop_block_size. Raises ValueError where they
-    are another model's (a fused AdamW would not notice).
+    Puts the checkpoint's moments and step counts into a fresh optimizer that keeps its own settings.
+    The moments of a table lose the rows that it lost to crop_block_size. Raises ValueError where there are
+    none, or another model's (a fused AdamW would not notice).
     """
+    if missing := [key for key in ('optimizer', 'iter_num') if key not in checkpoint]:
+        raise ValueError(f'{path} lacks {", ".join(missing)}; --init_from={path} takes its weights alone')
+    state = checkpoint['optimizer']
     fresh = optimizer.state_dict()['param_groups']
     groups = [{**ours, 'params': theirs['params']} for ours, theirs in zip(fresh, state['param_groups'])]
     params = [p for group in optimizer.param_groups for p in group['params']]

@@ -22,35 +22,12 @@ def _raise_first(rules):
             raise ValueError(message)
 
 
-def _memory():
-    """ Bytes of this machine's memory; infinite where the system does not say. """
-    try:
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    except (AttributeError, ValueError, OSError):
-        return float('inf')
-
-
-def _of_all(s, device_type):
+def _of_all(s):
     compilers = ('cl',) if os.name == 'nt' else ('c++', 'g++', 'clang++')
     return [
         (not 0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1'),
         (s.compile and not any(map(shutil.which, (os.environ.get('CXX', ''), *compilers))),
          'compile=True takes a C++ compiler, and none is here; --compile=False'),
-    ]
-
-
-def _of_size(s, device_type, bytes_a_parameter):
-    """ A model that cannot fit is refused before minutes go by, or the system stops responding. """
-    n = 12 * s.n_layer * s.n_embd**2 + 50304 * s.n_embd if min(s.n_layer, s.n_embd) > 0 else 0
-    room = _memory()
-    if device_type == 'cuda':
-        room = min(room, torch.cuda.get_device_properties(0).total_memory)
-    return [
-        (s.batch_size < 1, f'batch_size={s.batch_size} must be at least 1'),
-        (s.block_size < 1, f'block_size={s.block_size} must be at least 1'),
-        (bytes_a_parameter * n > room,
-         f'n_layer={s.n_layer} and n_embd={s.n_embd} make some {n / 1e9:,.1f} billion parameters, which take '
-         f'{bytes_a_parameter * n / 2**30:,.0f} GiB; {room / 2**30:,.0f} GiB are here'),
     ]
 
 
@@ -66,8 +43,9 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
         (not 0 < s.learning_rate < float('inf'), f'learning_rate={s.learning_rate} must be above 0'),
         (s.decay_lr and s.min_lr > s.learning_rate,
          f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}; usual is a tenth of it'),
-        *_of_size(s, device_type, 16 if not s.eval_only else 4),
-        *_of_all(s, device_type),
+        (min(s.batch_size, s.block_size) < 1,
+         f'batch_size={s.batch_size} and block_size={s.block_size} must be at least 1'),
+        *_of_all(s),
         (s.gradient_accumulation_steps < world_size,
          f'gradient_accumulation_steps={s.gradient_accumulation_steps} is less than the number of processes, '
          f'{world_size}, and each needs a micro-batch'),
@@ -87,35 +65,38 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
     ])
 
 
-def check_sample(settings, device_type):
+def check_sample(settings):
     """ The rules for sample.py. """
     s = SimpleNamespace(**settings)
     _raise_first([
         (not 0 < s.temperature < float('inf'), f'temperature={s.temperature} must be above 0'),
         *((settings[name] < 0, f'{name}={settings[name]} must not be negative')
           for name in ('num_samples', 'max_new_tokens', 'top_k')),
-        *_of_all(s, device_type),
+        *_of_all(s),
     ])
 
 
 def check_bench(settings, device_type):
     """ The rules for bench.py. """
     s = SimpleNamespace(**settings)
-    _raise_first([*_of_size(s, device_type, 16), *_of_all(s, device_type)])
+    _raise_first([(s.batch_size < 1, f'batch_size={s.batch_size} must be at least 1'), *_of_all(s)])
 
 
 def explain(settings, ddp):
     """ Has memory that ran out, and processes that are gone, said in one line instead of a traceback. """
-    memory = (f"lower batch_size={settings['batch_size']}, and raise gradient_accumulation_steps="
-              f"{settings.get('gradient_accumulation_steps', 1)} as much: the iteration stays the same")
+    names = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_embd')
+    sizes = ', '.join(f'{name}={settings[name]}' for name in names if name in settings)
 
     def hook(kind, error, trace):
         text = ' '.join(str(error).split())
         line = None
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-            line = f'out of memory ({text:.100}); {memory}'
+            line = (f'out of memory ({text:.100}) with {sizes}; a lower batch_size and as much more '
+                    'gradient_accumulation_steps make the same iteration')
         elif ddp and re.search(r'Connection (closed|reset)|[Pp]eer|gloo|NCCL|[Tt]imed out', text):
             line = f'another process of this job is gone ({text:.100}); nothing was saved by this one'
+        elif kind.__module__.startswith('wandb'):
+            line = f'wandb: {text} Or set WANDB_MODE=offline, or --wandb_log=False'
         if line is None:
             return sys.__excepthook__(kind, error, trace)
         print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr, flush=True)

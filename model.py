@@ -313,6 +313,38 @@ def choose_device(device='auto', dtype='auto', compile='auto'):
     return device, dtype, kind == 'cuda' if compile == 'auto' else compile
 
 
+def clip_and_step(optimizer, scaler, parameters, loss, grad_clip=0.0):
+    """
+    Clips the gradients to the norm `grad_clip` (0: not), updates, forgets them -> their norm, a tensor.
+    Where that or `loss`, a tensor, is not finite, the update is skipped: the device decides, nobody waits.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [p for p in parameters if p.grad is not None]
+    min(parameters, key=torch.numel).grad += 0 * loss  # nan where the loss is not finite
+    norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
+            torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif optimizer.defaults['fused'] and norm.device.type != 'mps':
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # which the kernel looks at, as for a scaler
+        optimizer.step()
+    elif torch.isfinite(norm):
+        optimizer.step()
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def fetch(values):
+    """ Starts to bring a tensor to the host -> a function that waits for it and returns it as a list. """
+    if values.device.type != 'cuda':
+        return values.tolist
+    copy, there = torch.empty_like(values, device='cpu', pin_memory=True), torch.cuda.Event()
+    copy.copy_(values, non_blocking=True)
+    there.record()
+    return lambda: there.synchronize() or copy.tolist()
+
+
 @cache
 def peak_flops(device_type, dtype):
     """

@@ -14,6 +14,7 @@ import torch
 
 from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record
 from checkpoint import load_checkpoint, load_weights
+from checks import check_sample
 from model import GPT, GPT2_NAMES, GPTConfig, choose_device
 
 # -----------------------------------------------------------------------------
@@ -34,14 +35,7 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 
 with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile)
-    for broken, message in (
-        (temperature <= 0, f'temperature={temperature} must be above 0'),
-        (min(num_samples, max_new_tokens, top_k) < 0,
-         'num_samples, max_new_tokens and top_k must not be negative'),
-        (not 0 <= seed < 2**63, f'seed={seed} must be from 0 to 2**63 - 1'),
-    ):
-        if broken:
-            raise ValueError(message)
+    check_sample({key: globals()[key] for key in config_keys})  # noqa: F821
     if start.startswith('FILE:'):
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from bins import largest_id, load_meta, one_line_errors, open_bin, tokenizer_record, windows
 from checkpoint import load_checkpoint, load_optimizer, load_weights, newest_checkpoint, save_checkpoint
 from checks import Signals, check_train, explain
-from model import GPT, GPT2_NAMES, GPTConfig, choose_device, peak_flops
+from model import GPT, GPT2_NAMES, GPTConfig, choose_device, clip_and_step, fetch, peak_flops
 
 # -----------------------------------------------------------------------------
 # the run
@@ -132,7 +133,7 @@ with one_line_errors():
     data = {split: open_bin(dataset, split, block_size, vocab_size) for split in ('train', eval_split)}
 
     iter_num, best_val_loss = 0, math.inf
-    run_id, resumed, source = uuid4().hex, None, init_from
+    identity, resumed, source = {'run_id': uuid4().hex, 'job': job}, None, init_from
     torch.manual_seed(seed)  # the initial weights
     if init_from == 'scratch':
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
@@ -162,14 +163,11 @@ with one_line_errors():
     optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if resumed:
-        if missing := [key for key in ('optimizer', 'iter_num') if key not in resumed]:
-            raise ValueError(f'{source} lacks {", ".join(missing)}; '
-                             f'--init_from={source} takes its weights alone')
-        load_optimizer(optimizer, resumed['optimizer'], source)
+        load_optimizer(optimizer, resumed, source)
         if scaler.is_enabled() and resumed.get('scaler'):
             scaler.load_state_dict(resumed['scaler'])
         iter_num, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
-        run_id = resumed.get('run_id', run_id)
+        identity['run_id'] = resumed.get('run_id', identity['run_id'])
         say(f'resuming {source} at iteration {iter_num:,}, best val loss {best_val_loss:.4f}')
     elif init_from != 'scratch':
         say(f'starting from the weights of {source}')
@@ -185,9 +183,8 @@ peak, peak_source = peak_flops(device_type, dtype)
 say(f'tokens per iteration will be: {tokens_per_iter:,}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 say(f'{raw_model.config}')
-say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, {world_size} process'
-    + (f'es over {backend}' if world_size > 1 else ''))
-say(f'optimizer: {"fused " if optimizer.defaults["fused"] else ""}AdamW')
+say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
+    f'{world_size} processes over {backend}, {"fused " if optimizer.defaults["fused"] else ""}AdamW')
 say(f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}')
 
 model = torch.compile(raw_model) if compile else raw_model
@@ -269,25 +266,14 @@ def get_lr(it):
     ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
-
-def hours(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}h{minutes % 60:02}m{seconds:02}s'
-
 # -----------------------------------------------------------------------------
 # the loop
 
 log = lambda values: None  # stands in for wandb when it is off
 if wandb_log and master_process:
     import wandb
-    with one_line_errors():
-        try:
-            log = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
-                             resume='allow').log
-        except wandb.Error as error:
-            raise ValueError(f'wandb: {error} Or set WANDB_MODE=offline, or --wandb_log=False') from None
-
-
+    log = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=identity['run_id'],
+                     resume='allow').log
 fresh, saved_iter = init_from != 'resume', iter_num
 
 
@@ -300,7 +286,7 @@ def save(path):
     say(f'saving checkpoint to {out_dir}')
     try:
         save_checkpoint(path, raw_model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
-                        config=config, tokenizer=tokenizer, scaler=scaler.state_dict(), run_id=run_id, job=job)
+                        config=config, tokenizer=tokenizer, scaler=scaler.state_dict(), **identity)
     except OSError as error:
         return say(f'WARNING: nothing was saved: {error}. The run goes on, older checkpoints are intact.')
     if path == ckpt_path or fresh:  # the other file is older, or an earlier run's
@@ -314,7 +300,6 @@ X, Y = get_batch('train', rank, iter_num)
 running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
 reports, bad_steps, stopping = deque(), 0, False
-smallest = min(raw_model.parameters(), key=lambda p: p.numel())
 signals.wait = True  # from here on the iteration is finished first
 clock = time.perf_counter()
 
@@ -326,25 +311,25 @@ while True:
 
     # 2. evaluate, save, and end after the last update or on a signal
     finished = iter_num >= max_iters
-    due = finished or eval_only or eval_interval and iter_num % eval_interval == 0
-    path = ckpt_path if always_save_checkpoint else last_path
-    if due and not stopping:
+    due = not stopping and (finished or eval_only or eval_interval and iter_num % eval_interval == 0)
+    wanted = stopping or checkpoint_interval and iter_num % checkpoint_interval == 0
+    wanted, path = wanted and iter_num > saved_iter, ckpt_path if always_save_checkpoint else last_path
+    if due or wanted:
         if device_type != 'cpu':
             getattr(torch, device_type).synchronize()
         seconds += time.perf_counter() - clock
-        losses = estimate_loss()
-        val_loss = losses[eval_split]
-        say(f"step {iter_num}: train loss {losses['train']:.4f}, {eval_split} loss {val_loss:.4f}")
-        log({'iter': iter_num, 'train/loss': losses['train'], f'{eval_split}/loss': val_loss, 'lr': lr,
-             'mfu': running_mfu * 100})
-        if improved := val_loss < best_val_loss:
-            best_val_loss, path = val_loss, ckpt_path
-        if not eval_only and (iter_num > first_iter or improved and iter_num) and math.isfinite(val_loss):
+        if due:
+            losses = estimate_loss()
+            val_loss = losses[eval_split]
+            say(f"step {iter_num}: train loss {losses['train']:.4f}, {eval_split} loss {val_loss:.4f}")
+            log({'iter': iter_num, 'lr': lr, 'mfu': running_mfu * 100,
+                 **{f'{split}/loss': loss for split, loss in losses.items()}})
+            if improved := val_loss < best_val_loss:
+                best_val_loss, path = val_loss, ckpt_path
+            new = iter_num > first_iter or improved and iter_num  # the latter: it had stopped just before
+            wanted = new and math.isfinite(val_loss) and not eval_only
+        if wanted:
             save(path)
-        clock = time.perf_counter()
-    elif iter_num > saved_iter and (stopping or checkpoint_interval and iter_num % checkpoint_interval == 0):
-        seconds += time.perf_counter() - clock
-        save(path)
         clock = time.perf_counter()
     if finished or eval_only or stopping:
         break
@@ -366,30 +351,14 @@ while True:
     if ddp:
         dist.all_reduce(report)
 
-    # 4. clip and step; a loss or norm that is not finite skips the update, which the device decides alone
-    scaler.unscale_(optimizer)
-    smallest.grad += 0 * report[0]  # nan where the loss is nan or infinite, so that the norm is as well
-    parameters = list(raw_model.parameters())
-    norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
-            torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-    if device_type != 'mps' and not scaler.is_enabled():
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW looks at it, as for a scaler
-    if device_type != 'mps' or torch.isfinite(norm):
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    report, arrival = torch.stack((*report, norm.float())), None
-    if device_type == 'cuda':  # on its way to the host, where it is read when it has long been there
-        report, arrival = torch.empty(3, pin_memory=True).copy_(report, non_blocking=True), torch.cuda.Event()
-        arrival.record()
-    reports.append((iter_num, report, arrival))
+    # 4. clip and step, unless a number went bad
+    norm = clip_and_step(optimizer, scaler, raw_model.parameters(), report[0], grad_clip)
+    reports.append((iter_num, fetch(torch.stack((*report, norm.float())))))
 
     # 5. log
     timed += 1
     if log_interval and iter_num % log_interval == 0:
-        if arrival:
-            arrival.synchronize()
-        lossf, _, normf = report.tolist()
+        lossf, _, normf = reports[-1][1]()  # waits for the device
         seconds += time.perf_counter() - clock
         dt = seconds / timed
         if iter_num - first_iter >= max(5, timed):  # the first few warm up
@@ -397,42 +366,35 @@ while True:
             running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
         say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
             f'grad norm {normf:.4f}, {tokens_per_iter / dt:,.0f} tokens/s, '
-            f'{hours(dt * (max_iters - iter_num - 1))} left')
+            f'{timedelta(seconds=round(dt * (max_iters - iter_num - 1)))} left')
         seconds, timed = 0.0, 0
         clock = time.perf_counter()
 
     # 6. what the iteration reported, on CUDA the one before: a signal to any process, numbers that went bad
     iter_num += 1
     if len(reports) > (device_type == 'cuda'):
-        it, report, arrival = reports.popleft()
-        if arrival:
-            arrival.synchronize()
-        lossf, signalled, normf = report.tolist()
+        it, report = reports.popleft()
+        lossf, signalled, normf = report()
         stopping = signalled > 0
-        overflow = scaler.is_enabled() and math.isfinite(lossf) and not math.isfinite(normf)
-        if math.isfinite(normf) or overflow and scaler.get_scale() >= 1:  # the scaler finds its scale
+        if math.isfinite(normf) or (  # or a float16 scaler is finding its scale
+                scaler.is_enabled() and math.isfinite(lossf) and scaler.get_scale() >= 1):
             bad_steps = 0
         else:
             bad_steps += 1
-            say(f'iter {it}: loss {lossf}, grad norm {normf}: this update was skipped, {bad_steps} in a row')
-        if max_bad_steps and bad_steps >= max_bad_steps:
-            sys.exit(1 if not master_process else
-                     f'train.py: iteration {it}: {bad_steps} updates in a row were not finite. The last good '
-                     f'checkpoint is {newest_checkpoint(out_dir)}: go on from it with --init_from=resume and '
-                     f'a lower learning_rate={learning_rate}, a grad_clip={grad_clip or "0, which is off"}, '
-                     'or --dtype=float32')
+            say(f'iter {it}: loss {lossf}, grad norm {normf}: update skipped, {bad_steps} in a row')
+        if max_bad_steps and bad_steps == max_bad_steps:
+            sys.exit(f'train.py: stopped at iteration {it}: {bad_steps} updates in a row were not finite. '
+                     f'The last good checkpoint is {newest_checkpoint(out_dir)}: --init_from=resume with a '
+                     f'lower learning_rate={learning_rate}, or dtype=float32' if master_process else 1)
 
-if eval_only:
-    pass
-elif stopping and not finished:
-    say(f'stopped by {signals.name} at iteration {iter_num:,}; the same command with --init_from=resume goes on')
-elif iter_num == first_iter:
+if stopping and not finished:
+    say(f'stopped by {signals.name} at iteration {iter_num:,}; the same command with --init_from=resume '
+        'goes on')
+elif iter_num == first_iter and not eval_only:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
-elif ckpt_path.exists() and not fresh:
-    say(f'best val loss {best_val_loss:.4f}; try: python sample.py --out_dir={out_dir}')
-else:
-    say(f'best val loss {best_val_loss:.4f}, before the first update, so that there is no {ckpt_path}; the '
-        f'latest model: python sample.py --init_from={last_path}')
+elif not eval_only:
+    where = f'init_from={last_path}' if fresh or not ckpt_path.exists() else f'out_dir={out_dir}'
+    say(f'best val loss {best_val_loss:.4f}; try: python sample.py --{where}')
 if ddp:
     dist.destroy_process_group()
 if stopping and not finished:

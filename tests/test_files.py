@@ -115,7 +115,7 @@ def test_a_checkpoint_there_and_back(saved):
     for a, b in zip(model.parameters(), twin.parameters()):
         assert torch.equal(a, b)
     fresh = twin.configure_optimizers(0.5, 1e-2, (0.8, 0.9), 'cpu')
-    load_optimizer(fresh, checkpoint['optimizer'], path)
+    load_optimizer(fresh, checkpoint, path)
     assert fresh.param_groups[0]['betas'] == (0.8, 0.9) and fresh.param_groups[0]['weight_decay'] == 0.5
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(optimizer.state[p]['exp_avg_sq'], fresh.state[q]['exp_avg_sq'])
@@ -123,7 +123,7 @@ def test_a_checkpoint_there_and_back(saved):
 
 def test_the_optimizer_of_another_model_is_refused(saved, tmp_path):
     path, _, _ = saved
-    state = load_checkpoint(path)['optimizer']
+    state = load_checkpoint(path)
     for wrong in (dict(n_embd=8), dict(n_embd=32), dict(n_layer=3), dict(bias=True)):
         args = {**dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False), **wrong}
         other = GPT(GPTConfig(**args)).configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')

@@ -1,8 +1,9 @@
 """
-Runs scripts in forks of one interpreter that has torch loaded: a start takes milliseconds.
+Runs scripts in forks of one interpreter that has torch loaded: a start takes milliseconds, and what runs
+sees a fresh process, because nothing is computed before the fork.
 
-A request is a line of JSON on standard input, [script, arguments, folder]; the answer, [exit code,
-standard output, standard error]. What runs sees a fresh process: nothing is computed before the fork.
+As a program it answers requests, lines of JSON: [script, arguments, folder] -> [exit code, standard
+output, standard error].
 """
 import json
 import os
@@ -15,36 +16,41 @@ import torch._dynamo  # noqa: F401
 import torch.distributed  # noqa: F401
 
 
-def run(script, arguments, folder, out, error):
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(out, 1)
-    os.dup2(error, 2)
-    os.chdir(folder)
-    sys.argv = [script, *arguments]
-    sys.path[0] = os.path.dirname(script)
-    code = 0
+def start(script, arguments, folder, out=None, error=None):
+    """ Starts a script in a fork; `out` and `error` are files -> the process's id. """
+    if pid := os.fork():
+        return pid
+    code = 1
     try:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        for number, file in ((1, out), (2, error)):
+            os.dup2(file.fileno() if file else 0, number)
+        os.chdir(folder)
+        sys.argv, sys.path[0] = [script, *map(str, arguments)], os.path.dirname(script)
         runpy.run_path(script, run_name='__main__')
+        code = 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
+        code = {None: 0}.get(stop.code, stop.code if isinstance(stop.code, int) else 1)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
-for line in sys.stdin:
-    script, arguments, folder = json.loads(line)
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
-        if not (pid := os.fork()):
-            run(script, arguments, folder, out.fileno(), error.fileno())
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        texts = []
-        for stream in (out, error):
-            stream.seek(0)
-            texts.append(stream.read().decode(errors='replace'))
-    print(json.dumps([code, *texts]), flush=True)
+def main():
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+            pid = start(*json.loads(line), out, error)
+            answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+            for stream in (out, error):
+                stream.seek(0)
+                answer.append(stream.read().decode(errors='replace'))
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == '__main__':
+    main()
