@@ -118,7 +118,7 @@ def load_meta(dataset):
     try:
         with open(path, 'rb') as f:
             meta = _DataOnly(f).load()
-        meta['vocab_size'].bit_length()  # fails where it is no whole number
+        assert meta['vocab_size'].bit_length() > 0 < meta['vocab_size']  # a whole number above 0
         if 'itos' in meta:  # a dict, or a list
             meta['itos'] = [meta['itos'][i] for i in range(len(meta['itos']))]
     except Exception as error:  # a broken pickle fails in any way

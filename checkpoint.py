@@ -8,12 +8,10 @@ beside it, where ckpt.pt is the best and not the latest, ckpt_last.pt, the same 
     iter_num        updates made so far
     best_val_loss   the lowest so far; a 0-d tensor in old files
     config          all settings of the run
-    gelu            ours: the form of GELU; old files, and those without it, mean 'exact'
+    gelu            ours: the form of GELU, 'exact' where it is missing; in memory among model_args
     tokenizer       ours: what bins.tokenizer_record keeps of the dataset's tokenizer
     scaler          ours: state dict of the GradScaler, empty where it was off
     run_id, job     ours: the same in both files of a run; which torchrun job wrote them, or ''
-
-In memory `model_args` is whatever GPTConfig takes, so gelu is among them there.
 """
 import re
 import zipfile
@@ -60,8 +58,8 @@ def save_checkpoint(path, model, optimizer, **fields):
 
 def newest_checkpoint(out_dir):
     """
-    The file that a run goes on from, of those in `out_dir`: ckpt_last.pt where it is later than ckpt.pt
-    and of the same run, or alone; else ckpt.pt, there or not.
+    The file that a run goes on from: ckpt_last.pt where it is alone in `out_dir`, or later than ckpt.pt
+    and of the same run; else ckpt.pt, there or not.
     """
     best, last = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
     if not last.exists() or not best.exists():
@@ -74,12 +72,11 @@ def newest_checkpoint(out_dir):
 def load_checkpoint(path, mmap=False):
     """
     Reads `path` as data, on the CPU; nothing in it is run. Old forms come back in the current one. With
-    `mmap`, for a look at it, tensors stay in the file, where its form is not the oldest. Raises
-    FileNotFoundError, or ValueError that says what is wrong with the file.
+    `mmap`, for a look, tensors stay in the file. Raises FileNotFoundError, or ValueError that says why.
     """
     try:
-        mmap = mmap and zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True,
+                                mmap=mmap and zipfile.is_zipfile(path))  # not the oldest form
     except FileNotFoundError:
         raise FileNotFoundError(f'there is no checkpoint {path}; train one first, or name another') from None
     except Exception as error:  # a broken file fails in any way
@@ -91,8 +88,10 @@ def load_checkpoint(path, mmap=False):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint')
     if missing := [key for key in ('model', 'model_args') if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}')
-    if not isinstance(checkpoint['model'], dict) or not isinstance(checkpoint['model_args'], dict):
-        raise ValueError(f'{path}: its model and model_args are not the dicts of a checkpoint')
+    for key, kind in {'model': dict, 'model_args': dict, 'optimizer': dict, 'scaler': dict, 'config': dict,
+                      'iter_num': int, 'best_val_loss': (float, int, torch.Tensor)}.items():
+        if key in checkpoint and not isinstance(checkpoint[key], kind):
+            raise ValueError(f'{path}: {key}={checkpoint[key]!r:.50} is not what a checkpoint holds there')
     args = checkpoint['model_args'] = dict(checkpoint['model_args'])
     if missing := [key for key in MODEL_ARGS[:6] if key not in args]:
         raise ValueError(f'{path}: its model_args lack {", ".join(missing)}')
@@ -110,10 +109,14 @@ def load_checkpoint(path, mmap=False):
 def load_weights(model, checkpoint, path):
     """ Puts the checkpoint's weights into `model`. Raises ValueError that names what does not fit. """
     theirs, ours = checkpoint['model'], model.state_dict()
-    wrong = ([f'{key} is missing' for key in ours if key not in theirs]
-             + [f'{key} is not in this model' for key in theirs if key not in ours]
-             + [f'{key} is {tuple(theirs[key].shape)}, not {tuple(ours[key].shape)}'
-                for key in ours if key in theirs and theirs[key].shape != ours[key].shape])
+    wrong = [f'{key} is missing' for key in ours if key not in theirs]
+    for key, value in theirs.items():
+        if key not in ours:
+            wrong.append(f'{key} is not in this model')
+        elif getattr(value, 'shape', None) != ours[key].shape:
+            wrong.append(f'{key} is {tuple(getattr(value, "shape", "?"))}, not {tuple(ours[key].shape)}')
+        elif not torch.isfinite(value).all():
+            wrong.append(f'{key} is not finite')
     if wrong:
         raise ValueError(f'{path} does not hold the model of its model_args: {wrong[0]}'
                          + (f', and {len(wrong) - 1} more' if wrong[1:] else ''))
@@ -128,20 +131,20 @@ def load_optimizer(optimizer, checkpoint, path):
     """
     if missing := [key for key in ('optimizer', 'iter_num') if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}; --init_from={path} takes its weights alone')
-    state = checkpoint['optimizer']
-    fresh = optimizer.state_dict()['param_groups']
-    groups = [{**ours, 'params': theirs['params']} for ours, theirs in zip(fresh, state['param_groups'])]
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    ids = [i for group in state['param_groups'] for i in group['params']]
-    fits = [len(g['params']) for g in fresh] == [len(g['params']) for g in state['param_groups']]
-    moments = {}
-    for i, p in zip(ids, params):
-        moments[i] = dict(state['state'].get(i, {}))
-        for key in {'exp_avg', 'exp_avg_sq'} & set(moments[i]):
-            moment = moments[i][key]
-            if p.dim() == 2 and len(moment) > len(p):
-                moment = moments[i][key] = moment[:len(p)].clone()
-            fits = fits and moment.shape == p.shape
+    try:
+        state, fresh = checkpoint['optimizer'], optimizer.state_dict()['param_groups']
+        groups = [{**ours, 'params': theirs['params']} for ours, theirs in zip(fresh, state['param_groups'])]
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        ids = [i for group in state['param_groups'] for i in group['params']]
+        fits = [len(g['params']) for g in fresh] == [len(g['params']) for g in state['param_groups']]
+        moments = {}
+        for i, p in zip(ids, params):
+            moments[i] = dict(state['state'].get(i, {}))
+            for key in {'exp_avg', 'exp_avg_sq'} & set(moments[i]):
+                moments[i][key] = moments[i][key][:len(p)].clone()
+                fits = fits and moments[i][key].shape == p.shape
+    except (KeyError, TypeError, AttributeError, ValueError):
+        fits = False
     if not fits:
-        raise ValueError(f'{path}: its optimizer is of a model with other parameters')
+        raise ValueError(f'{path}: its optimizer is of a model with other parameters, or not AdamW')
     optimizer.load_state_dict({'state': moments, 'param_groups': groups})

@@ -76,7 +76,7 @@ def check_sample(settings):
     ])
 
 
-def check_bench(settings, device_type):
+def check_bench(settings):
     """ The rules for bench.py. """
     s = SimpleNamespace(**settings)
     _raise_first([(s.batch_size < 1, f'batch_size={s.batch_size} must be at least 1'), *_of_all(s)])

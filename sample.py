@@ -9,6 +9,7 @@ Settings are the variables below: set them with --key=value, or in a file named 
 """
 import os
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -37,8 +38,10 @@ with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile)
     check_sample({key: globals()[key] for key in config_keys})  # noqa: F821
     if start.startswith('FILE:'):
-        with open(start[5:], encoding='utf-8') as f:
-            start = f.read()
+        try:
+            start = Path(start[5:]).read_text(encoding='utf-8')
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{start[5:]} is not in UTF-8: {error}') from None
 
     # the model, and the tokenizer that it was trained with
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from

@@ -43,7 +43,7 @@ def make_dataset(folder):
 
 
 def start(processes, settings, folder, slow):
-    """ Starts train.py in `folder` -> its process id; under torchrun that of the agent, a group of its own. """
+    """ Starts train.py in `folder` -> its process; under torchrun the agent, with a session of its own. """
     flags = [f'--{key}={value}' for key, value in settings.items()]
     (folder / 'log').touch()
     with open(folder / 'log', 'a') as log:

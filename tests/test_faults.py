@@ -1,4 +1,4 @@
-""" Damage done on purpose: kills, signals, full disks, numbers that go bad, and every bad input in one line. """
+""" Damage done on purpose: kills, signals, full disks, numbers that go bad, every bad input in one line. """
 import json
 import os
 import pickle
@@ -9,7 +9,6 @@ import sys
 import time
 import types
 
-import faults
 import numpy as np
 import pytest
 import torch
@@ -64,10 +63,11 @@ def ruins(tmp_path_factory, dataset):
     put('args.pt', {**good, 'model_args': {**good['model_args'], 'rotary': True}})
     put('head.pt', {**good, 'model_args': {**good['model_args'], 'n_head': 3}})
     put('width.pt', {**good, 'model_args': {**good['model_args'], 'n_embd': 32}})
-    put('nan.pt', {**good, 'model': {**good['model'], 'lm_head.weight': good['model']['lm_head.weight'] * np.nan}})
+    table = good['model']['lm_head.weight']
+    put('nan.pt', {**good, 'model': {**good['model'], 'lm_head.weight': table * np.nan}})
     put('tensor.pt', {**good, 'model': {**good['model'], 'lm_head.weight': 'no tensor'}})
-    for name, change in [('no_optimizer', {'optimizer': None}), ('odd_optimizer', {'optimizer': {'state': 3}}),
-                         ('odd_iter', {'iter_num': 'x'}), ('odd_config', {'config': 3}),
+    for name, change in [('no_optimizer', {'optimizer': None}), ('odd_iter', {'iter_num': 'x'}),
+                         ('odd_optimizer', {'optimizer': {'state': 3}}), ('odd_config', {'config': 3}),
                          ('odd_scaler', {'scaler': [3]}), ('odd_loss', {'best_val_loss': 'low'})]:
         (folder / name).mkdir()
         torch.save({**good, **change}, folder / name / 'ckpt.pt')
@@ -80,8 +80,8 @@ def ruins(tmp_path_factory, dataset):
     meta = pickle.loads((dataset / 'meta.pkl').read_bytes())
     meta['itos'][0], meta['itos'][1] = meta['itos'][1], meta['itos'][0]
     (other / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    for name, content in [('meta_bomb', pickle.dumps({'vocab_size': 3, 'x': Bomb()})), ('meta_short', b'\x80'),
-                          ('meta_size', pickle.dumps({'vocab_size': -3}))]:
+    for name, content in [('meta_bomb', pickle.dumps({'vocab_size': 3, 'x': Bomb()})),
+                          ('meta_short', b'\x80'), ('meta_size', pickle.dumps({'vocab_size': -3}))]:
         shutil.copytree(dataset, folder / name)
         (folder / name / 'meta.pkl').write_bytes(content)
     for name, content in [('odd_bin', b'abc'), ('short_bin', b'ab' * 10), ('big_ids', b'\xff\xff' * 100)]:
@@ -112,17 +112,18 @@ BAD = [  # script, arguments, exit code, part of the line
     *(('train.py', [f'--{name}={value}'], 1, f'{name}={value}') for name, value in [
         ('batch_size', 0), ('batch_size', -4), ('block_size', 0), ('block_size', -1), ('n_layer', 0),
         ('n_layer', -1), ('n_head', 0), ('n_embd', 0), ('n_embd', 17), ('dropout', 1.0), ('dropout', -0.1),
-        ('dropout', 'nan'), ('learning_rate', 0.0), ('learning_rate', -1.0), ('learning_rate', 'inf'),
+        ('learning_rate', 0.0), ('learning_rate', -1.0),
         ('weight_decay', -0.1), ('beta1', 1.0), ('beta1', -0.5), ('beta2', 1.5), ('grad_clip', -1.0),
         ('max_iters', -1), ('warmup_iters', -1), ('lr_decay_iters', -5), ('min_lr', -1.0), ('eval_iters', 0),
         ('eval_iters', -2), ('eval_interval', -1), ('log_interval', -1), ('checkpoint_interval', -1),
         ('max_bad_steps', -1), ('gradient_accumulation_steps', 0), ('seed', -1), ('seed', 2**64)]),
+    ('train.py', ['--learning_rate=1e999'], 1, 'learning_rate=inf must be above 0'),
     ('train.py', ['--min_lr=1.0', '--learning_rate=0.1'], 1, 'min_lr=1.0 is above learning_rate=0.1'),
     ('train.py', ['--n_embd=400000', '--n_head=1'], 1, 'out of memory'),
     ('train.py', ['--batch_size=1000000000'], 1, 'out of memory'),
     ('train.py', ['--block_size=100000000'], 1, 'the most is --block_size='),
     ('train.py', ['--eval_split=test'], 1, "eval_split='test' takes --eval_only=True"),
-    ('train.py', ['--eval_split=test', '--eval_only=True'], 1, 'test.bin is not there, but train.bin, val.bin'),
+    ('train.py', ['--eval_split=test', '--eval_only=True'], 1, 'test.bin is not there, but train.bin'),
     # what is not there
     ('train.py', ['--device=cuda:7'], 1, 'device=cuda:7'),
     ('train.py', ['--device=gpu'], 1, "device='gpu'"),
@@ -133,7 +134,7 @@ BAD = [  # script, arguments, exit code, part of the line
     ('train.py', ['--dataset=odd_bin'], 1, '3 bytes are no uint16 tokens'),
     ('train.py', ['--dataset=short_bin'], 1, '10 tokens; the most is --block_size=9'),
     ('train.py', ['--dataset=big_ids'], 1, 'holds token 65535'),
-    ('train.py', ['--dataset=meta_bomb'], 1, 'carries code (_io.open), which was not run'),
+    ('train.py', ['--dataset=meta_bomb'], 1, 'carries code (io.open), which was not run'),
     ('train.py', ['--dataset=meta_short'], 1, 'meta.pkl is not a vocabulary'),
     ('train.py', ['--dataset=meta_size'], 1, 'meta.pkl is not a vocabulary'),
     ('train.py', ['--out_dir=file'], 1, 'out_dir=file is a file'),
@@ -143,21 +144,24 @@ BAD = [  # script, arguments, exit code, part of the line
     ('train.py', ['--init_from=nothing'], 1, 'nothing'),
     ('train.py', ['--init_from=nothing.pt'], 1, 'there is no checkpoint nothing.pt'),
     # checkpoints
-    *((script, [f'--init_from={name}.pt'], 1, part) for script in ('train.py', 'sample.py') for name, part in [
-        ('short', 'short.pt is not a whole checkpoint'), ('empty', 'empty.pt is not a whole checkpoint'),
-        ('text', 'text.pt is not a whole checkpoint'), ('bomb', 'it carries code (io.open'),
-        ('list', 'holds a list'), ('keys', 'lacks model_args'), ('args', 'does not know the model_args rotary'),
-        ('head', 'n_embd=16 must be a multiple of n_head=3'), ('width', 'does not hold the model of its'),
-        ('nan', 'nan.pt: lm_head.weight is not finite'), ('tensor', 'tensor.pt: lm_head.weight is no tensor')]),
+    *((script, [f'--init_from={name}.pt'], 1, part) for script in ('train.py', 'sample.py')
+      for name, part in [
+          ('short', 'short.pt is not a whole checkpoint'), ('empty', 'empty.pt is not a whole checkpoint'),
+          ('text', 'text.pt is not a whole checkpoint'), ('bomb', 'it carries code (io.open'),
+          ('list', 'holds a list'), ('keys', 'lacks model_args'),
+          ('args', 'does not know the model_args rotary'), ('head', 'must be a multiple of n_head=3'),
+          ('width', 'does not hold the model of its'), ('nan', 'lm_head.weight is not finite'),
+          ('tensor', 'lm_head.weight is (\'?\',), not')]),
     *(('train.py', ['--init_from=resume', f'--out_dir={name}'], 1, part) for name, part in [
-        ('no_optimizer', 'its optimizer is not that of AdamW'), ('odd_optimizer', 'its optimizer is not that of'),
-        ('odd_iter', "iter_num='x'"), ('odd_scaler', 'scaler'), ('odd_loss', 'best_val_loss')]),
+        ('no_optimizer', 'optimizer=None is not what'), ('odd_optimizer', 'or not AdamW'),
+        ('odd_iter', "iter_num='x' is not what"), ('odd_config', 'config=3 is not what'),
+        ('odd_scaler', 'scaler=[3] is not what'), ('odd_loss', "best_val_loss='low' is not what")]),
     ('train.py', ['--init_from=resume', '--dataset=other'], 1, 'another vocabulary'),
-    ('train.py', ['--init_from=resume', '--block_size=64'], 1, 'block_size=64 is more than the 16 of out/ckpt.pt'),
+    ('train.py', ['--init_from=resume', '--block_size=64'], 1, 'block_size=64 is more than the 16 of out/'),
     # sample.py
     *(('sample.py', [f'--{name}={value}'], 1, f'{name}={value}') for name, value in [
-        ('temperature', 0.0), ('temperature', -1.0), ('top_k', -1), ('num_samples', -1), ('max_new_tokens', -1),
-        ('seed', -1)]),
+        ('temperature', 0.0), ('temperature', -1.0), ('top_k', -1), ('num_samples', -1), ('seed', -1),
+        ('max_new_tokens', -1)]),
     ('sample.py', ['--start='], 1, 'the prompt is empty'),
     ('sample.py', ['--start=dog'], 1, "'dg' is not in the vocabulary"),
     ('sample.py', ['--start=FILE:nowhere.txt'], 1, 'nowhere.txt'),
@@ -209,3 +213,240 @@ def test_there_are_enough_of_them():
 def test_bad_input_of_a_plain_process(ruins, dataset, script, arguments, code, part):
     _, error = run(script, *complete(script, arguments, ruins, dataset), cwd=ruins, code=code)
     assert part in error and error.count('\n') == 1
+
+
+# -----------------------------------------------------------------------------
+# kills and signals, of real processes
+
+def same(a, b, names=('ckpt.pt',)):
+    """ Asserts that the checkpoints of two folders are bit-identical, but for the names of runs. """
+    for name in names:
+        x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        for key in ('model', 'optimizer', 'iter_num', 'best_val_loss', 'scaler'):
+            torch.testing.assert_close(x[key], y[key], rtol=0, atol=0, msg=f'{name}: {key}')
+
+
+def begin(cwd, dataset, processes=None, **settings):
+    """ Starts train.py, or torchrun with it, in a session of its own. """
+    command = [sys.executable, str(ROOT / 'train.py'), *flags({**SMALL, 'dataset': dataset, **settings})]
+    if processes:
+        command[1:1] = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def wait_for(process, text):
+    """ Reads its output up to a line with `text` -> the lines. """
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(''.join(lines) + process.stderr.read())
+
+
+LONG = dict(max_iters=100_000, lr_decay_iters=100_000, eval_interval=0, always_save_checkpoint=False)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_a_signal_stops_well(tmp_path, dataset, name):
+    """ The iteration is finished, saved, and said; two signals within 5 seconds count as one. """
+    process = begin(tmp_path, dataset, **LONG)
+    wait_for(process, 'iter 5:')
+    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name) and not error
+    assert f'stopped by {name} at iteration' in out and '--init_from=resume goes on' in out
+    stopped = load_checkpoint(tmp_path / 'out/ckpt_last.pt')['iter_num']
+    assert stopped >= 5 and not (tmp_path / 'out/ckpt.pt').exists()
+    train(tmp_path, dataset, **{**LONG, 'max_iters': stopped + 3}, init_from='resume', eval_iters=1)
+    train(tmp_path, dataset, **{**LONG, 'max_iters': stopped + 3}, out_dir='untouched', eval_iters=1)
+    names = [path.name for path in (tmp_path / 'untouched').iterdir()]
+    assert names and names == [path.name for path in (tmp_path / 'out').iterdir()]
+    same(tmp_path / 'out', tmp_path / 'untouched', names)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, dataset):
+    process = begin(tmp_path, dataset, **LONG, eval_iters=100_000, eval_only=True)  # no end of an iteration
+    wait_for(process, 'mfu is the share')
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(5.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, dataset):
+    settings = dict(LONG, gradient_accumulation_steps=2, dropout=0.1)
+    process = begin(tmp_path, dataset, processes=2, **settings)
+    wait_for(process, 'iter 5:')
+    process.send_signal(signal.SIGTERM)  # the agent passes it on
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and out.count('stopped by SIGTERM') == 1 and out.count('saving') == 1
+    stopped = load_checkpoint(tmp_path / 'out/ckpt_last.pt')['iter_num']
+    settings = {**settings, 'max_iters': stopped + 3, 'processes': 2}
+    iters, _, _ = train(tmp_path, dataset, **settings, init_from='resume')
+    expected, _, _ = train(tmp_path, dataset, **settings, out_dir='untouched')
+    assert len(iters) == 3 and iters.items() <= expected.items()
+    same(tmp_path / 'out', tmp_path / 'untouched', [p.name for p in (tmp_path / 'untouched').iterdir()])
+
+
+def test_a_worker_that_is_killed_comes_back(tmp_path, dataset):
+    """ torchrun starts the workers again, and they resume this job's checkpoint and no older one. """
+    train(tmp_path, dataset, max_iters=40, lr_decay_iters=40)  # an earlier run in the same folder
+    settings = dict(SMALL, dataset=dataset, max_iters=400, lr_decay_iters=400, eval_interval=100,
+                    checkpoint_interval=7, gradient_accumulation_steps=2)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '--max-restarts=2', str(ROOT / 'train.py'), *flags(settings)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for moment in ('iter 0:', 'iter 50:'):  # before the first save, and after some
+        wait_for(process, moment)
+        workers = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'train.py'], capture_output=True,
+                                 text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert 'resuming out/ckpt.pt at iteration' in out
+    train(tmp_path, dataset, **{key: value for key, value in settings.items() if key != 'dataset'},
+          processes=2, out_dir='untouched')
+    same(tmp_path / 'out', tmp_path / 'untouched')
+
+
+def test_a_dead_peer_ends_the_others(tmp_path, dataset):
+    process = begin(tmp_path, dataset, processes=2, **{**LONG, 'gradient_accumulation_steps': 2})
+    wait_for(process, 'iter 5:')
+    workers = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'train.py'], capture_output=True,
+                             text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and not list((tmp_path / 'out').glob('*.pt'))
+    assert 'train.py: another process of this job is gone' in error
+    assert 'Traceback' not in error.split('another process of this job')[0]
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+def test_killed_at_any_moment(tmp_path):
+    """ The short form of: python tests/faults.py --rounds=100 """
+    command = [sys.executable, str(ROOT / 'tests/faults.py'), '--rounds=6']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and '6 of 6' in done.stdout, done.stdout + done.stderr
+
+
+# -----------------------------------------------------------------------------
+# two checkpoints
+
+def test_the_best_and_the_latest(tmp_path, dataset):
+    """ ckpt.pt is the best, ckpt_last.pt the latest where that is another; resume takes the later. """
+    settings = dict(always_save_checkpoint=False, eval_interval=5, checkpoint_interval=4, decay_lr=False)
+    train(tmp_path, dataset, **settings, max_iters=12)
+    best, last = (load_checkpoint(tmp_path / 'out' / name) for name in ('ckpt.pt', 'ckpt_last.pt'))
+    assert (best['iter_num'], last['iter_num']) in [(10, 12), (5, 12)] and best['run_id'] == last['run_id']
+    assert newest_checkpoint(tmp_path / 'out').name == 'ckpt_last.pt'
+    _, _, out = train(tmp_path, dataset, **settings, max_iters=20, init_from='resume')
+    assert 'resuming out/ckpt_last.pt at iteration 12' in out
+    torch.save({**last, 'iter_num': 99, 'run_id': 'another'}, tmp_path / 'out/ckpt_last.pt')
+    assert newest_checkpoint(tmp_path / 'out').name == 'ckpt.pt'
+    # a fresh start in the same folder says so, and leaves nothing of the old run beside the new
+    _, _, out = train(tmp_path, dataset, **{**settings, 'eval_interval': 0}, max_iters=4)
+    assert 'out/ckpt.pt of an earlier run will be replaced' in out
+    names = {path.name for path in (tmp_path / 'out').iterdir()}
+    found = [load_checkpoint(tmp_path / 'out' / name) for name in names]
+    assert {checkpoint['iter_num'] for checkpoint in found} == {4}
+
+
+def test_an_improvement_at_the_moment_of_the_stop_is_not_lost(tmp_path, dataset):
+    """ Stopped before an evaluation that would have saved the best model, resumed, it still does. """
+    settings = dict(always_save_checkpoint=False, eval_interval=10, max_iters=10)
+    train(tmp_path, dataset, **settings, out_dir='untouched')
+    train(tmp_path, dataset, **settings)
+    best = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    torch.save({**best, 'best_val_loss': best['best_val_loss'] + 1}, tmp_path / 'out/ckpt_last.pt')
+    (tmp_path / 'out/ckpt.pt').unlink()  # as it was just before
+    train(tmp_path, dataset, **settings, init_from='resume')
+    same(tmp_path / 'out', tmp_path / 'untouched')
+
+
+def test_a_save_that_fails_is_survived(tmp_path, script_globals, dataset, monkeypatch, capsys):
+    """ The disk fills up: it is said which file and how much, the old checkpoint stays, training goes on. """
+    train(tmp_path, dataset, max_iters=10)
+    before = (tmp_path / 'out/ckpt.pt').read_bytes()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=1000))
+    script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 20, 'init_from': 'resume'})
+    out = capsys.readouterr().out
+    assert 'WARNING: nothing was saved: out: ' in out and 'MB are to be written' in out and 'iter 19' in out
+    assert (tmp_path / 'out/ckpt.pt').read_bytes() == before
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['ckpt.pt']
+
+
+# -----------------------------------------------------------------------------
+# numbers that go bad
+
+@pytest.fixture
+def poison(monkeypatch):
+    """ poison(calls, value) multiplies the training losses of these calls by `value`. """
+    def arm(calls, value):
+        forward, count = model_module.GPT.forward, iter(range(10**9))
+
+        def poisoned(self, idx, targets=None):
+            logits, loss = forward(self, idx, targets)
+            return logits, loss * value if self.training and next(count) in calls else loss
+        monkeypatch.setattr(model_module.GPT, 'forward', poisoned)
+    return arm
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('grad_clip', [1.0, 0.0])
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_a_bad_update_is_skipped(tmp_path, script_globals, dataset, poison, capsys, value, grad_clip, dtype):
+    settings = {**FAST, 'dataset': dataset, 'grad_clip': grad_clip, 'dtype': dtype, 'decay_lr': False}
+    script_globals('train.py', **{**settings, 'max_iters': 3, 'out_dir': 'before'})
+    poison({3, 4}, value)
+    script_globals('train.py', **{**settings, 'max_iters': 5, 'out_dir': 'after'})
+    out = capsys.readouterr().out
+    assert 'iter 4: loss' in out and 'update skipped, 2 in a row' in out
+    a, b = (load_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('before', 'after'))
+    for key in ('model', 'optimizer'):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+
+
+def test_too_many_bad_updates_end_the_run(tmp_path, script_globals, dataset, poison):
+    script_globals('train.py', **{**FAST, 'dataset': dataset, 'max_iters': 2})
+    poison(range(3, 10**9), float('nan'))
+    with pytest.raises(SystemExit, match='at iteration 9: 5 updates in a row .*out/ckpt.pt.*learning_rate'):
+        script_globals('train.py', **{**FAST, 'dataset': dataset, 'init_from': 'resume', 'max_bad_steps': 5})
+
+
+def test_a_scaler_that_finds_its_scale_is_not_bad(tmp_path, script_globals, dataset, capsys, monkeypatch):
+    init = torch.amp.GradScaler.__init__
+    defaults = tuple(2.0**40 if value == 2.0**16 else value for value in init.__defaults__)
+    monkeypatch.setattr(init, '__defaults__', defaults)
+    names = script_globals('train.py', **{**FAST, 'dataset': dataset, 'dtype': 'float16', 'max_bad_steps': 3,
+                                          'max_iters': 40})
+    out = capsys.readouterr().out
+    assert names['scaler'].get_scale() < 2**36 and 'skipped' not in out and 'grad norm inf' in out
+
+
+def test_gradient_norm_on_the_log_line(script_globals, dataset, capsys):
+    script_globals('train.py', **{**FAST, 'dataset': dataset, 'max_iters': 1, 'grad_clip': 0.0})
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('iter 0')]
+    assert 0.01 < float(line.split('grad norm ')[1].split(',')[0]) < 100
+
+
+def test_out_of_memory_names_what_to_lower(script_globals, dataset, monkeypatch, capsys):
+    """ sys.excepthook says it, which this process has to call itself. """
+    def forward(self, idx, targets=None):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
+    monkeypatch.setattr(model_module.GPT, 'forward', forward)
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        script_globals('train.py', **{**FAST, 'dataset': dataset})
+    with pytest.raises(SystemExit):
+        sys.excepthook(caught.type, caught.value, None)
+    error = capsys.readouterr().err
+    assert 'batch_size=4' in error and 'gradient_accumulation_steps=1' in error and error.count('\n') == 1
