@@ -40,11 +40,13 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
         *((settings[name] < 0, f'{name}={settings[name]} must not be negative') for name in not_negative),
         *((not 0 <= settings[name] < 1, f'{name}={settings[name]} must be from 0 up to, but not, 1')
           for name in ('beta1', 'beta2', 'dropout')),
-        (not 0 < s.learning_rate < float('inf'), f'learning_rate={s.learning_rate} must be above 0'),
+        (not 0 <= s.learning_rate < float('inf'), f'learning_rate={s.learning_rate} must be a number from 0'),
         (s.decay_lr and s.min_lr > s.learning_rate,
          f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}; usual is a tenth of it'),
         (min(s.batch_size, s.block_size) < 1,
          f'batch_size={s.batch_size} and block_size={s.block_size} must be at least 1'),
+        (s.batch_size * s.block_size > 2**30,
+         f'batch_size={s.batch_size} of block_size={s.block_size} would run out of memory; lower batch_size'),
         *_of_all(s),
         (s.gradient_accumulation_steps < world_size,
          f'gradient_accumulation_steps={s.gradient_accumulation_steps} is less than the number of processes, '
@@ -99,19 +101,34 @@ def explain(settings, ddp):
             line = f'wandb: {text} Or set WANDB_MODE=offline, or --wandb_log=False'
         if line is None:
             return sys.__excepthook__(kind, error, trace)
-        print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr, flush=True)
-        os._exit(1)  # with a broken collective, an orderly end may wait forever
+        # c10d puts a buffer in place of sys.stderr; with a broken collective, an orderly end may wait forever
+        print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.__stderr__, flush=True)
+        os._exit(1)
 
     sys.excepthook = hook
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens, Ctrl-C ends at once
+
+
+def leave(code, ddp):
+    """ Ends a process. One of several does not wait for gloo's threads, which abort some orderly ends. """
+    if wandb := sys.modules.get('wandb'):
+        wandb.finish()
+    if ddp:
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 class Signals:
     """
-    SIGINT, SIGTERM and SIGUSR1 (that of Slurm before a time limit): with `wait`, the first is only noted,
-    in `number`, for the loop to end in its own time; a second, 5 seconds later or more, ends at once.
-    Earlier ones count as the first: torchrun and Slurm send what they get to processes that got it too.
+    SIGINT, SIGTERM and SIGUSR1 (that of Slurm before a time limit): the first is only noted, in `number`,
+    for the loop to end in its own time; a second, 5 seconds later or more, ends at once. Earlier ones count
+    as the first: torchrun and Slurm send what they get to processes that got it too.
     """
-    number, time, wait = 0, 0.0, False
+    number, time = 0, 0.0
 
     def __init__(self):
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
@@ -119,7 +136,7 @@ class Signals:
                 signal.signal(getattr(signal, name), self.note)
 
     def note(self, number, frame):
-        if not self.wait or self.number and time.monotonic() - self.time > 5:
+        if self.number and time.monotonic() - self.time > 5:
             os._exit(128 + number)
         if not self.number:
             self.number, self.time = number, time.monotonic()

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bins import largest_id, load_meta, one_line_errors, open_bin, tokenizer_record, windows
 from checkpoint import load_checkpoint, load_optimizer, load_weights, newest_checkpoint, save_checkpoint
-from checks import Signals, check_train, explain
+from checks import Signals, check_train, explain, leave
 from model import GPT, GPT2_NAMES, GPTConfig, choose_device, clip_and_step, fetch, peak_flops
 
 # -----------------------------------------------------------------------------
@@ -99,11 +99,12 @@ with one_line_errors():
     config = {key: globals()[key] for key in config_keys}  # noqa: F821  with what 'auto' became
     check_train(config, device_type, ddp, world_size, local_world_size)
 explain(config, ddp)
-signals = Signals()
 
 if ddp:
     device = f'cuda:{local_rank}' if device_type == 'cuda' else device
-    dist.init_process_group(backend)
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    store = dist.PrefixStore(restarts, next(dist.rendezvous('env://'))[0])  # not the addresses of the dead
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 if device_type == 'cuda':
     torch.cuda.set_device(torch.device(device).index or 0)
     torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
@@ -116,11 +117,13 @@ ckpt_path, last_path = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
 job = os.environ.get('TORCHELASTIC_RUN_ID', '')  # stays the same when torchrun starts its workers again
 job = f'agent {os.getppid()}' if job == 'none' else job
 with one_line_errors():
-    found = ckpt_path if eval_only else newest_checkpoint(out_dir)
+    again = ddp and restarts != '0'
+    wanted = again or init_from in ('resume', 'auto') and not eval_only
+    found = newest_checkpoint(out_dir) if wanted else ckpt_path
     if init_from == 'auto':
         init_from = 'resume' if found.exists() else 'scratch'
         say(f'init_from=auto: {init_from}')
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and found.exists():
+    if again and found.exists():
         init_from = 'resume' if load_checkpoint(found, mmap=True).get('job') == job else init_from
     if ddp:  # what the first process saw holds for all
         choice = [init_from, found]
@@ -175,8 +178,8 @@ with one_line_errors():
 
     if master_process and not eval_only:  # now, and not after hours
         os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume' and found.exists():
-            say(f'{found} of an earlier run will be replaced; --init_from=resume goes on with it')
+        if init_from != 'resume' and (ckpt_path.exists() or last_path.exists()):
+            say(f'what an earlier run left in {out_dir} will be replaced; --init_from=resume goes on with it')
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 peak, peak_source = peak_flops(device_type, dtype)
@@ -273,7 +276,7 @@ if wandb_log and master_process:
     import wandb
     log = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=identity['run_id'],
                      resume='allow').log
-fresh, saved_iter = init_from != 'resume', iter_num
+fresh, first_iter, saved_iter = init_from != 'resume', iter_num, iter_num
 
 
 def save(path):
@@ -293,13 +296,12 @@ def save(path):
     fresh = False
 
 
-first_iter = iter_num
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
 X, Y = get_batch('train', rank, iter_num)
 running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
 reports, bad_steps, stopping = deque(), 0, False
-signals.wait = True  # from here on the iteration is finished first
+signals = Signals()  # from here on the iteration is finished first
 clock = time.perf_counter()
 
 while True:
@@ -364,8 +366,8 @@ while True:
             mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt, peak)
             running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
         say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
-            f'grad norm {normf:.4f}, {tokens_per_iter / dt:,.0f} tokens/s, '
-            f'{timedelta(seconds=round(dt * (max_iters - iter_num - 1)))} left')
+            f'{tokens_per_iter / dt:,.0f} tokens/s, '
+            f'{timedelta(seconds=round(dt * (max_iters - iter_num - 1)))} left, grad norm {normf:.4f}')
         seconds, timed = 0.0, 0
         clock = time.perf_counter()
 
@@ -386,15 +388,12 @@ while True:
                      f'The last good checkpoint is {newest_checkpoint(out_dir)}: --init_from=resume with a '
                      f'lower learning_rate={learning_rate}, or dtype=float32' if master_process else 1)
 
-if stopping and not finished:
+if stopping:
     say(f'stopped by {signals.name} at iteration {iter_num:,}; the same command with --init_from=resume '
         'goes on')
 elif iter_num == first_iter and not eval_only:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
 elif not eval_only:
-    where = f'init_from={last_path}' if fresh or not ckpt_path.exists() else f'out_dir={out_dir}'
+    where = f'out_dir={out_dir}' if ckpt_path.exists() else f'init_from={last_path}'
     say(f'best val loss {best_val_loss:.4f}; try: python sample.py --{where}')
-if ddp:
-    dist.destroy_process_group()
-if stopping and not finished:
-    sys.exit(signals.exit_code)
+leave(signals.exit_code if stopping else 0, ddp)

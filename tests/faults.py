@@ -14,24 +14,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import zygote
 
+torch.set_num_threads(1)  # a fork must not find threads of OpenMP that stayed behind
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = [  # processes, seconds that a save takes more, settings
     (1, 0, dict(always_save_checkpoint=True)),
     (1, 0.1, dict(always_save_checkpoint=False)),
-    (1, 0, dict(always_save_checkpoint=False, dtype='float16')),
     (2, 0, dict(always_save_checkpoint=False)),
+    (1, 0, dict(always_save_checkpoint=False, dtype='float16')),
     (1, 0.1, dict(always_save_checkpoint=True, dtype='float16')),
     (2, 0.1, dict(always_save_checkpoint=True)),
 ]
 SETTINGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=3,
-                dropout=0.1, eval_iters=2, eval_interval=20, checkpoint_interval=3, max_iters=80,
-                lr_decay_iters=80, warmup_iters=2, learning_rate=1e-2, min_lr=1e-3, device='cpu',
+                dropout=0.1, eval_iters=2, eval_interval=10, checkpoint_interval=3, max_iters=30,
+                lr_decay_iters=30, warmup_iters=2, learning_rate=1e-2, min_lr=1e-3, device='cpu',
                 compile=False, dtype='float32', log_interval=0, init_from='auto')
 
 
@@ -43,7 +45,7 @@ def make_dataset(folder):
 
 
 def start(processes, settings, folder, slow):
-    """ Starts train.py in `folder` -> its process; under torchrun the agent, with a session of its own. """
+    """ Starts train.py in `folder` -> wait(), which returns the exit code, and its process id. """
     flags = [f'--{key}={value}' for key, value in settings.items()]
     (folder / 'log').touch()
     with open(folder / 'log', 'a') as log:
@@ -51,34 +53,35 @@ def start(processes, settings, folder, slow):
             real = os.fsync
             os.fsync = lambda fd: (time.sleep(slow), real(fd))  # the fork takes it along
             try:
-                return zygote.start(str(ROOT / 'train.py'), flags, folder, log, log)
+                pid = zygote.start(str(ROOT / 'train.py'), flags, folder, log, log)
+                return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), pid
             finally:
                 os.fsync = real
         site = folder / 'site'
         site.mkdir(exist_ok=True)
         (site / 'sitecustomize.py').write_text(
             f'import os, time\nreal = os.fsync\nos.fsync = lambda fd: (time.sleep({slow}), real(fd))\n')
-        return subprocess.Popen(
+        agent = subprocess.Popen(
             [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
              str(ROOT / 'train.py'), *flags], cwd=folder, stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'}).pid
+            env={**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'})
+        return agent.wait, agent.pid
 
 
 def finish(processes, settings, folder, slow):
     """ Runs to the end -> seconds. """
     began = time.monotonic()
-    code = os.waitstatus_to_exitcode(os.waitpid(start(processes, settings, folder, slow), 0)[1])
-    assert code == 0, f'exit code {code}\n{(folder / "log").read_text()[-3000:]}'
+    wait, _ = start(processes, settings, folder, slow)
+    assert (code := wait()) == 0, f'exit code {code}\n{(folder / "log").read_text()[-3000:]}'
     return time.monotonic() - began
 
 
-def kill(pid, processes):
-    if processes == 1:
-        os.kill(pid, signal.SIGKILL)
-    else:
-        os.killpg(pid, signal.SIGKILL)  # agent and, of its session, workers
-        subprocess.run(['pkill', '-9', '-s', str(pid)])
-    os.waitpid(pid, 0)
+def kill(wait, pid):
+    workers = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
+    for process in (pid, *map(int, workers)):  # a worker does not die with its agent
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    wait()
 
 
 def differences(a, b):
@@ -111,12 +114,12 @@ def rounds(n, folder, seed=0, kinds=range(len(KINDS))):
             untouched[kind] = finish(processes, settings, folder / f'untouched{kind}', 0)
         here = folder / f'round{number}'
         here.mkdir()
-        longest = untouched[kind] + 30 * slow
+        longest = untouched[kind] + 12 * slow
         moments = [float(rng.uniform(0, longest)) for _ in range(rng.integers(1, 4))]
         for moment in moments:
-            pid = start(processes, settings, here, slow)
+            started = start(processes, settings, here, slow)
             time.sleep(moment)
-            kill(pid, processes)
+            kill(*started)
         finish(processes, settings, here, 0)
         yield kind, moments, differences(here / 'out', folder / f'untouched{kind}' / 'out')
 

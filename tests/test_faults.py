@@ -112,15 +112,15 @@ BAD = [  # script, arguments, exit code, part of the line
     *(('train.py', [f'--{name}={value}'], 1, f'{name}={value}') for name, value in [
         ('batch_size', 0), ('batch_size', -4), ('block_size', 0), ('block_size', -1), ('n_layer', 0),
         ('n_layer', -1), ('n_head', 0), ('n_embd', 0), ('n_embd', 17), ('dropout', 1.0), ('dropout', -0.1),
-        ('learning_rate', 0.0), ('learning_rate', -1.0),
+        ('learning_rate', -1.0),
         ('weight_decay', -0.1), ('beta1', 1.0), ('beta1', -0.5), ('beta2', 1.5), ('grad_clip', -1.0),
         ('max_iters', -1), ('warmup_iters', -1), ('lr_decay_iters', -5), ('min_lr', -1.0), ('eval_iters', 0),
         ('eval_iters', -2), ('eval_interval', -1), ('log_interval', -1), ('checkpoint_interval', -1),
         ('max_bad_steps', -1), ('gradient_accumulation_steps', 0), ('seed', -1), ('seed', 2**64)]),
-    ('train.py', ['--learning_rate=1e999'], 1, 'learning_rate=inf must be above 0'),
+    ('train.py', ['--learning_rate=1e999'], 1, 'learning_rate=inf must be'),
     ('train.py', ['--min_lr=1.0', '--learning_rate=0.1'], 1, 'min_lr=1.0 is above learning_rate=0.1'),
     ('train.py', ['--n_embd=400000', '--n_head=1'], 1, 'out of memory'),
-    ('train.py', ['--batch_size=1000000000'], 1, 'out of memory'),
+    ('train.py', ['--batch_size=1000000000'], 1, 'would run out of memory; lower batch_size'),
     ('train.py', ['--block_size=100000000'], 1, 'the most is --block_size='),
     ('train.py', ['--eval_split=test'], 1, "eval_split='test' takes --eval_only=True"),
     ('train.py', ['--eval_split=test', '--eval_only=True'], 1, 'test.bin is not there, but train.bin'),
@@ -172,7 +172,7 @@ BAD = [  # script, arguments, exit code, part of the line
     ('sample.py', ['--init_from=nothing/at-all'], 1, 'nothing/at-all'),
     # bench.py
     ('bench.py', ['--batch_size=0'], 1, 'batch_size=0'),
-    ('bench.py', ['--n_embd=17'], 1, 'n_embd=17'),
+    ('bench.py', ['--n_embd=17', '--n_head=2'], 1, 'n_embd=17'),
     ('bench.py', ['--seed=-1'], 1, 'seed=-1'),
     ('bench.py', ['--dtype=half'], 1, "dtype='half'"),
     ('bench.py', ['--dataset=big_ids'], 1, 'holds token 65535'),
@@ -332,9 +332,9 @@ def test_a_dead_peer_ends_the_others(tmp_path, dataset):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 def test_killed_at_any_moment(tmp_path):
     """ The short form of: python tests/faults.py --rounds=100 """
-    command = [sys.executable, str(ROOT / 'tests/faults.py'), '--rounds=6']
+    command = [sys.executable, str(ROOT / 'tests/faults.py'), '--rounds=3']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and '6 of 6' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and '3 of 3' in done.stdout, done.stdout + done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -343,17 +343,19 @@ def test_killed_at_any_moment(tmp_path):
 def test_the_best_and_the_latest(tmp_path, dataset):
     """ ckpt.pt is the best, ckpt_last.pt the latest where that is another; resume takes the later. """
     settings = dict(always_save_checkpoint=False, eval_interval=5, checkpoint_interval=4, decay_lr=False)
-    train(tmp_path, dataset, **settings, max_iters=12)
+    train(tmp_path, dataset, **settings, max_iters=10)
+    train(tmp_path, dataset, **settings, max_iters=12, learning_rate=3.0, init_from='resume')  # gets worse
     best, last = (load_checkpoint(tmp_path / 'out' / name) for name in ('ckpt.pt', 'ckpt_last.pt'))
-    assert (best['iter_num'], last['iter_num']) in [(10, 12), (5, 12)] and best['run_id'] == last['run_id']
+    assert (best['iter_num'], last['iter_num']) == (10, 12) and best['run_id'] == last['run_id']
     assert newest_checkpoint(tmp_path / 'out').name == 'ckpt_last.pt'
     _, _, out = train(tmp_path, dataset, **settings, max_iters=20, init_from='resume')
     assert 'resuming out/ckpt_last.pt at iteration 12' in out
-    torch.save({**last, 'iter_num': 99, 'run_id': 'another'}, tmp_path / 'out/ckpt_last.pt')
+    raw = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    torch.save({**raw, 'iter_num': 99, 'run_id': 'another'}, tmp_path / 'out/ckpt_last.pt')
     assert newest_checkpoint(tmp_path / 'out').name == 'ckpt.pt'
     # a fresh start in the same folder says so, and leaves nothing of the old run beside the new
     _, _, out = train(tmp_path, dataset, **{**settings, 'eval_interval': 0}, max_iters=4)
-    assert 'out/ckpt.pt of an earlier run will be replaced' in out
+    assert 'what an earlier run left in out will be replaced' in out
     names = {path.name for path in (tmp_path / 'out').iterdir()}
     found = [load_checkpoint(tmp_path / 'out' / name) for name in names]
     assert {checkpoint['iter_num'] for checkpoint in found} == {4}
@@ -437,7 +439,7 @@ def test_gradient_norm_on_the_log_line(script_globals, dataset, capsys):
     assert 0.01 < float(line.split('grad norm ')[1].split(',')[0]) < 100
 
 
-def test_out_of_memory_names_what_to_lower(script_globals, dataset, monkeypatch, capsys):
+def test_out_of_memory_names_what_to_lower(script_globals, dataset, monkeypatch, capfd):
     """ sys.excepthook says it, which this process has to call itself. """
     def forward(self, idx, targets=None):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
@@ -448,5 +450,5 @@ def test_out_of_memory_names_what_to_lower(script_globals, dataset, monkeypatch,
         script_globals('train.py', **{**FAST, 'dataset': dataset})
     with pytest.raises(SystemExit):
         sys.excepthook(caught.type, caught.value, None)
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert 'batch_size=4' in error and 'gradient_accumulation_steps=1' in error and error.count('\n') == 1

@@ -109,11 +109,12 @@ def test_only_the_best_is_kept_without_always_save_checkpoint(tmp_path, dataset)
     assert again[checkpoint['iter_num']] == steps[checkpoint['iter_num']]
 
 
-def test_a_run_that_only_got_worse_says_that_it_saved_nothing(tmp_path, dataset):
+def test_a_run_that_only_got_worse_has_no_best_model(tmp_path, dataset):
     train(tmp_path, dataset)
     _, _, out = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='worse', decay_lr=False,
                       learning_rate=1.0, always_save_checkpoint=False, max_iters=3)
-    assert 'nothing was saved' in out and not (tmp_path / 'worse/ckpt.pt').exists()
+    assert 'sample.py --init_from=worse/ckpt_last.pt' in out
+    assert [path.name for path in (tmp_path / 'worse').iterdir()] == ['ckpt_last.pt']
 
 
 def test_a_model_without_a_loss_does_not_replace_one_that_had_one(tmp_path, dataset):
@@ -143,7 +144,7 @@ def test_the_clock_stops_while_a_checkpoint_is_saved(trainer, monkeypatch, capsy
     for line, iterations in zip(lines, (1, 4, 4, 4, 4, 4)):
         seconds = float(line.split('time ')[1].split('ms')[0]) / 1000
         assert 0.001 / iterations - 1e-5 <= seconds <= 0.002
-        assert line.endswith('0h00m00s left')
+        assert '0:00:00 left, grad norm ' in line
         tokens = float(line.split('%, ')[1].split(' tokens/s')[0].replace(',', ''))
         assert tokens == pytest.approx(64 / seconds, rel=0.02)
 
