@@ -186,7 +186,8 @@ peak, peak_source = peak_flops(device_type, dtype)
 say(f'tokens per iteration will be: {tokens_per_iter:,}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M\n{raw_model.config}')
 say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
-    f'{world_size} processes over {backend}, {"fused " if optimizer.defaults["fused"] else ""}AdamW')
+    f'{f"{world_size} processes over {backend}" if ddp else "1 process"}, '
+    f'{"fused " if optimizer.defaults["fused"] else ""}AdamW')
 say(f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}')
 
 model = torch.compile(raw_model) if compile else raw_model
