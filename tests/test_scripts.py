@@ -141,7 +141,10 @@ def test_start_up_imports_nothing_that_is_not_needed(tmp_path):
 
 def test_wandb_offline(tmp_path, dataset, script_globals, monkeypatch):
     train(tmp_path, dataset, max_iters=2, wandb_log=True)
-    assert list((tmp_path / 'wandb').glob('offline-run-*'))
+    train(tmp_path, dataset, max_iters=4, wandb_log=True, init_from='resume')
+    run_id = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)['run_id']
+    runs = list((tmp_path / 'wandb').glob(f'offline-run-*-{run_id}'))
+    assert len(runs) == 2  # two parts of one run
     import wandb
     logged = []
     monkeypatch.setattr(wandb, 'init', lambda **kwargs: types.SimpleNamespace(log=logged.append))
