@@ -24,9 +24,9 @@ import zygote
 torch.set_num_threads(1)  # a fork must not find threads of OpenMP that stayed behind
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = [  # processes, seconds that a save takes more, settings
-    (1, 0, dict(always_save_checkpoint=True)),
     (1, 0.1, dict(always_save_checkpoint=False)),
     (2, 0, dict(always_save_checkpoint=False)),
+    (1, 0, dict(always_save_checkpoint=True)),
     (1, 0, dict(always_save_checkpoint=False, dtype='float16', n_layer=1)),
     (1, 0.1, dict(always_save_checkpoint=True, dtype='float16', n_layer=1)),
     (2, 0.1, dict(always_save_checkpoint=True)),

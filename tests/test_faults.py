@@ -332,9 +332,9 @@ def test_a_dead_peer_ends_the_others(tmp_path, dataset):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 def test_killed_at_any_moment(tmp_path):
     """ The short form of: python tests/faults.py --rounds=100 """
-    command = [sys.executable, str(ROOT / 'tests/faults.py'), '--rounds=3']
+    command = [sys.executable, str(ROOT / 'tests/faults.py'), '--rounds=2']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and '3 of 3' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and '2 of 2' in done.stdout, done.stdout + done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -401,9 +401,8 @@ def poison(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize('value', [float('nan'), float('inf')])
-@pytest.mark.parametrize('grad_clip', [1.0, 0.0])
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('value, grad_clip, dtype', [
+    (float('nan'), 1.0, 'float32'), (float('inf'), 0.0, 'float32'), (float('inf'), 1.0, 'float16')])
 def test_a_bad_update_is_skipped(tmp_path, script_globals, dataset, poison, capsys, value, grad_clip, dtype):
     settings = {**FAST, 'dataset': dataset, 'grad_clip': grad_clip, 'dtype': dtype, 'decay_lr': False}
     script_globals('train.py', **{**settings, 'max_iters': 3, 'out_dir': 'before'})
