@@ -2,7 +2,8 @@
 How fast a training step is, and how far from the hardware's limit.
 
     python bench.py --batch_size=12 --block_size=1024
-    python bench.py --dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
+    python bench.py config/train_shakespeare_char_cpu_fast.py
+    python bench.py --mode=compare      ratios: number formats, optimizers, on a GPU also compile and loading
     python bench.py --profile=True      and open ./bench_log/*.json in chrome://tracing or TensorBoard
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
@@ -10,16 +11,18 @@ Settings are the variables below: set them with --key=value, or in a file named 
 import os
 import statistics
 import time
-from contextlib import nullcontext
+from dataclasses import fields
 
 import numpy as np
 import torch
 
 from bins import load_meta, one_line_errors, open_bin, windows
-from checks import check_bench, explain
-from model import GPT, GPTConfig, choose_device, clip_and_step, peak_flops
+from checks import check_bench
+from machine import choose_device, explain, peak_flops, use_device
+from model import GPT, GPTConfig, clip_and_step
 
 # -----------------------------------------------------------------------------
+mode = 'step'            # step: this one; compare: what each choice brings, measured in turn
 batch_size = 12          # sequences a step
 block_size = 1024        # tokens a sequence
 bias = False             # in linear layers and layer norms
@@ -27,11 +30,17 @@ n_layer = 12
 n_head = 12
 n_embd = 768             # a multiple of n_head
 dropout = 0.0
+rotary = False           # these as in train.py
+rmsnorm = False
+qk_norm = False
+relu2 = False
+untied = False
+muon_lr = 0.0            # above 0: Muon for the blocks' matrices
 real_data = True         # read windows of the dataset; False: the same random tokens at every step
 dataset = 'openwebtext'  # folder under data/
 seed = 1337
 device = 'auto'          # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = 'auto'           # float32, bfloat16 or float16; auto: 16 bits on CUDA, bfloat16 where native
+dtype = 'auto'           # float32, bfloat16 or float16; auto: 16 bits on CUDA and where a CPU has bfloat16
 compile = 'auto'         # True or False; auto: on CUDA
 profile = False          # leave a trace of five steps in ./bench_log
 # -----------------------------------------------------------------------------
@@ -51,68 +60,85 @@ with one_line_errors():
             data = open_bin(dataset, 'train', block_size, vocab_size)
         except FileNotFoundError as error:
             print(f'{error}; measuring with random tokens')
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                          n_embd=n_embd, dropout=dropout, bias=bias))
+    names = {field.name for field in fields(GPTConfig)}
+    gpt_config = GPTConfig(vocab_size=vocab_size, **{key: config[key] for key in config if key in names})
 
 explain(config, ddp=False)
 device_type = device.partition(':')[0]
-if device_type == 'cuda':
-    torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
-    torch.cuda.set_device(torch.device(device).index or 0)
-autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-model.to(device)
-optimizer = model.configure_optimizers(1e-1, 1e-4, (0.9, 0.95), device_type)
-step_model = torch.compile(model) if compile else model
 rng = np.random.default_rng(seed)
-noise = rng.integers(vocab_size, size=(batch_size, block_size + 1))
+noise = torch.from_numpy(rng.integers(vocab_size, size=(batch_size, block_size + 1))).to(device)
 
 
-def get_batch():
-    """ The next batch -> inputs, targets, int64 (B, T) on the device. """
-    tokens = noise
-    if data is not None:
-        tokens = windows(data, rng.integers(len(data) - block_size, size=batch_size), block_size)
-    batch = torch.from_numpy(tokens)  # (B, T + 1)
-    batch = batch.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else batch.to(device)
+def get_batch(load=True):
+    """ The next batch, of the data where there are some -> inputs, targets, int64 (B, T) on the device. """
+    batch = noise                                                               # (B, T + 1)
+    if load and data is not None:
+        starts = rng.integers(len(data) - block_size, size=batch_size)
+        batch = torch.from_numpy(windows(data, starts, block_size))
+        cuda = device_type == 'cuda'
+        batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch.to(device)
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
-def step():
-    """ One training step as in train.py -> its seconds, and those of them that the next batch took. """
-    global X, Y
-    start = time.perf_counter()
-    with autocast:
-        _, loss = step_model(X, Y)
-    before = time.perf_counter()
-    X, Y = get_batch()
-    loading = time.perf_counter() - before
-    scaler.scale(loss).backward()
-    clip_and_step(optimizer, scaler, model.parameters(), loss.detach(), grad_clip=1.0)
-    if device_type != 'cpu':
-        getattr(torch, device_type).synchronize()
-    return time.perf_counter() - start, loading
+def make_step(dtype, compile, muon, load=True):
+    """ A fresh model -> a function that makes a step as train.py does -> its seconds, those of loading. """
+    torch.manual_seed(seed)
+    model = GPT(gpt_config).to(device)
+    optimizers = [model.configure_optimizers(1e-1, 1e-4, (0.9, 0.95), device_type, muon)]
+    if muon:
+        optimizers.append(model.configure_muon(1e-4, 0.0, dtype))
+    autocast = use_device(device, dtype)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    called = torch.compile(model) if compile else model
+    X, Y = get_batch(load)
+
+    def step():
+        nonlocal X, Y
+        start = time.perf_counter()
+        with autocast:
+            _, loss = called(X, Y)
+        before = time.perf_counter()
+        X, Y = get_batch(load)
+        loading = time.perf_counter() - before
+        scaler.scale(loss).backward()
+        clip_and_step(optimizers, scaler, model.parameters(), loss.detach(), grad_clip=1.0)
+        if device_type != 'cpu':
+            getattr(torch, device_type).synchronize()
+        return time.perf_counter() - start, loading
+    return step
 
 
 # say what will be measured, and how long it will take where that is long
+model = GPT(gpt_config)
 peak, peak_source = peak_flops(device_type, dtype)
 tokens = batch_size * block_size
 flops = model.flops_per_token(block_size) * tokens
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
       f'{torch.get_num_threads()} threads; a step is {tokens:,} tokens, {flops / 1e12:.3f} TFLOP')
+this = dict(dtype=dtype, compile=compile, muon=muon_lr > 0)
+variants = {'this': this}
+if mode == 'compare':
+    others = {'in float32': {**this, 'dtype': 'float32'},
+              'with AdamW' if muon_lr else 'with Muon': {**this, 'muon': not muon_lr},
+              'without compile' if compile else 'with compile': {**this, 'compile': not compile},
+              'without loading': {**this, 'load': False}}
+    if device_type != 'cuda':  # compile takes minutes there, and gains nothing
+        del others['without compile' if compile else 'with compile']
+    variants.update({name: other for name, other in others.items() if other != this})
 warm_up, timed = 10, 20
 traced = 5 if profile else 0
-expected = flops / peak / 0.5  # at half of the peak
+expected = len(variants) * flops / peak / 0.3  # a guess: 30% of the peak
 if (warm_up + timed + traced) * expected > patience:
     warm_up, timed, traced = 1, max(3, min(20, int(patience / expected) - 1)), min(traced, 1)
     print(f'a step may take {expected:.0f} s: {warm_up} to warm up and {timed} timed instead of 10 and 20, '
           f'in about {(warm_up + timed + traced) * expected / 60:.0f} minutes', flush=True)
 
-X, Y = get_batch()
+steps = {name: make_step(**variant) for name, variant in variants.items()}
+times = {name: [] for name in steps}
 for _ in range(warm_up):
-    step()
+    for step in steps.values():
+        step()
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
 if profile:
@@ -122,17 +148,23 @@ if profile:
     with torch.profiler.profile(activities=activities,
                                 on_trace_ready=torch.profiler.tensorboard_trace_handler('bench_log')):
         for _ in range(traced):
-            step()
+            steps['this']()
     print('a trace of the step is in ./bench_log; the times below are without the profiler')
-seconds, loading = zip(*(step() for _ in range(timed)))
+for _ in range(timed):  # in turn: what else the machine does meets all of them
+    for name, step in steps.items():
+        times[name].append(step())
 
-median = statistics.median(seconds)
+medians = {name: statistics.median(seconds for seconds, _ in pairs) for name, pairs in times.items()}
+seconds, loading = zip(*times['this'])
+median = medians['this']
 mfu = model.estimate_mfu(batch_size, median, peak)
 print(f'time per iteration: {median * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
 print(f'  median of {timed}, from {min(seconds) * 1000:.4f} to {max(seconds) * 1000:.4f}ms')
 print(f'  {tokens / median:,.0f} tokens/s')
 print(f'  MFU against {peak / 1e12:.2f} TFLOP/s of {peak_source}')
 print(f'  loading the data: {sum(loading) / sum(seconds) * 100:.2f}% of the step')
+for name in list(variants)[1:]:
+    print(f'{name}: {medians[name] * 1000:.4f}ms, {medians[name] / median:.2f} times as long')
 if device_type == 'cuda':
     print(f'  peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU')
 elif os.name == 'posix':

@@ -4,7 +4,8 @@ beside it, where ckpt.pt is the best and not the latest, ckpt_last.pt, the same 
 
     model           state dict of the bare GPT; old files may have '_orig_mod.' before every key
     optimizer       state dict of AdamW
-    model_args      the seven classic fields of GPTConfig
+    muon            ours: state dict of Muon, where the run has one; then AdamW's is of the other tensors
+    model_args      the seven classic fields of GPTConfig, and those of NEWER that are on
     iter_num        updates made so far
     best_val_loss   the lowest so far; a 0-d tensor in old files
     config          all settings of the run
@@ -21,6 +22,7 @@ import torch
 
 from bins import check_disk, whole_file
 
+NEWER = ('rotary', 'rmsnorm', 'qk_norm', 'relu2', 'untied', 'softcap')  # who knows them not must stumble
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
@@ -33,7 +35,7 @@ def plain(value):
     return value if isinstance(value, torch.Tensor) or not hasattr(value, 'item') else value.item()
 
 
-def save_checkpoint(path, model, optimizer, **fields):
+def save_checkpoint(path, model, optimizers, **fields):
     """
     Writes the run to `path`, whole or not at all. `model` is the bare GPT (torch.compile and DDP each
     put a prefix on the keys); `fields` are the rest of the dict above. Raises OSError where it can't.
@@ -42,12 +44,13 @@ def save_checkpoint(path, model, optimizer, **fields):
     assert 'lm_head.weight' in state, 'save the bare model, not a wrapper'
     checkpoint = {
         'model': state,
-        'optimizer': optimizer.state_dict(),
-        'model_args': {name: getattr(model.config, name) for name in MODEL_ARGS},
+        **{key: optimizer.state_dict() for key, optimizer in zip(('optimizer', 'muon'), optimizers)},
+        'model_args': {name: getattr(model.config, name) for name in MODEL_ARGS + NEWER
+                       if name in MODEL_ARGS or getattr(model.config, name)},
         'gelu': model.config.gelu,
         **fields,
     }
-    moments = [value for moments in checkpoint['optimizer']['state'].values() for value in moments.values()]
+    moments = [value for optimizer in optimizers for of in optimizer.state.values() for value in of.values()]
     check_disk(Path(path).parent, sum(t.nbytes for t in (*model.parameters(), *moments)))
     with whole_file(path) as temporary:
         try:
@@ -88,14 +91,14 @@ def load_checkpoint(path, mmap=False):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint')
     if missing := [key for key in ('model', 'model_args') if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}')
-    for key, kind in {'model': dict, 'model_args': dict, 'optimizer': dict, 'scaler': dict, 'config': dict,
-                      'iter_num': int, 'best_val_loss': (float, int, torch.Tensor)}.items():
+    dicts = dict.fromkeys(('model', 'model_args', 'optimizer', 'muon', 'scaler', 'config'), dict)
+    for key, kind in {**dicts, 'iter_num': int, 'best_val_loss': (float, int, torch.Tensor)}.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise ValueError(f'{path}: {key}={checkpoint[key]!r:.50} is not what a checkpoint holds there')
     args = checkpoint['model_args'] = dict(checkpoint['model_args'])
     if missing := [key for key in MODEL_ARGS[:6] if key not in args]:
         raise ValueError(f'{path}: its model_args lack {", ".join(missing)}')
-    if unknown := sorted(set(args) - set(MODEL_ARGS)):
+    if unknown := sorted(set(args) - set(MODEL_ARGS + NEWER)):
         raise ValueError(f'{path}: this model does not know the model_args {", ".join(unknown)}')
     args['gelu'] = checkpoint.get('gelu', 'exact')
     checkpoint['model'] = {
@@ -108,43 +111,44 @@ def load_checkpoint(path, mmap=False):
 
 def load_weights(model, checkpoint, path):
     """ Puts the checkpoint's weights into `model`. Raises ValueError that names what does not fit. """
-    theirs, ours = checkpoint['model'], model.state_dict()
-    wrong = [f'{key} is missing' for key in ours if key not in theirs]
-    for key, value in theirs.items():
-        if key not in ours:
-            wrong.append(f'{key} is not in this model')
-        elif getattr(value, 'shape', None) != ours[key].shape:
-            wrong.append(f'{key} is {tuple(getattr(value, "shape", "?"))}, not {tuple(ours[key].shape)}')
-        elif not torch.isfinite(value).all():
-            wrong.append(f'{key} is not finite')
-    if wrong:
-        raise ValueError(f'{path} does not hold the model of its model_args: {wrong[0]}'
-                         + (f', and {len(wrong) - 1} more' if wrong[1:] else ''))
-    model.load_state_dict(theirs)
+    theirs = checkpoint['model']
+    try:
+        model.load_state_dict(theirs)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = ' '.join(str(error).partition(':')[2].split())
+        raise ValueError(f'{path} does not hold the model of its model_args: {reason:.200}') from None
+    if bad := [key for key, value in theirs.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f'{path}: {", ".join(bad):.200} is not finite')
 
 
-def load_optimizer(optimizer, checkpoint, path):
+def load_optimizers(optimizers, checkpoint, path):
     """
-    Puts the checkpoint's moments and step counts into a fresh optimizer that keeps its own settings.
-    The moments of a table lose the rows that it lost to crop_block_size. Raises ValueError where there are
-    none, or another model's (a fused AdamW would not notice).
+    Puts the checkpoint's moments and step counts into fresh optimizers (AdamW, perhaps Muon) that keep their
+    own settings. The moments of a table lose the rows that it lost to crop_block_size. Raises ValueError
+    where there are none, or another model's (a fused AdamW would not notice).
     """
     if missing := [key for key in ('optimizer', 'iter_num') if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}; --init_from={path} takes its weights alone')
-    try:
-        state, fresh = checkpoint['optimizer'], optimizer.state_dict()['param_groups']
-        groups = [{**ours, 'params': theirs['params']} for ours, theirs in zip(fresh, state['param_groups'])]
-        params = [p for group in optimizer.param_groups for p in group['params']]
-        ids = [i for group in state['param_groups'] for i in group['params']]
-        fits = [len(g['params']) for g in fresh] == [len(g['params']) for g in state['param_groups']]
-        moments = {}
-        for i, p in zip(ids, params):
-            moments[i] = dict(state['state'].get(i, {}))
-            for key in {'exp_avg', 'exp_avg_sq'} & set(moments[i]):
-                moments[i][key] = moments[i][key][:len(p)].clone()
-                fits = fits and moments[i][key].shape == p.shape
-    except (KeyError, TypeError, AttributeError, ValueError):
-        fits = False
-    if not fits:
-        raise ValueError(f'{path}: its optimizer is of a model with other parameters, or not AdamW')
-    optimizer.load_state_dict({'state': moments, 'param_groups': groups})
+    if ('muon' in checkpoint) != (len(optimizers) == 2):
+        raise ValueError(f'{path} was trained with{"" if "muon" in checkpoint else "out"} Muon, and muon_lr '
+                         f'says otherwise; --init_from={path} takes its weights alone')
+    for key, optimizer in zip(('optimizer', 'muon'), optimizers):
+        state, fresh = checkpoint[key], optimizer.state_dict()['param_groups']
+        try:
+            groups = [{**ours, 'params': theirs['params']}
+                      for ours, theirs in zip(fresh, state['param_groups'])]
+            params = [p for group in optimizer.param_groups for p in group['params']]
+            ids = [i for group in state['param_groups'] for i in group['params']]
+            fits = [len(g['params']) for g in fresh] == [len(g['params']) for g in state['param_groups']]
+            moments = {}
+            for i, p in zip(ids, params):
+                moments[i] = dict(state['state'].get(i, {}))
+                for name in {'exp_avg', 'exp_avg_sq', 'momentum_buffer'} & set(moments[i]):
+                    moments[i][name] = moments[i][name][:len(p)].clone()
+                    fits = fits and moments[i][name].shape == p.shape
+        except (KeyError, TypeError, AttributeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f'{path}: its {key} is of a model with other parameters, or not '
+                             + ('AdamW' if key == 'optimizer' else 'Muon'))
+        optimizer.load_state_dict({'state': moments, 'param_groups': groups})

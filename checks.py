@@ -1,19 +1,17 @@
 """
-What can be wrong with the settings of a script, before anything is loaded or compiled; and one line for
-what goes wrong later on, where a traceback would say less.
+What can be wrong with the settings of a script, before anything is loaded or compiled, and with a model for
+the data it is to read.
 
 A rule is a pair: whether it is broken, and what to say. The first broken one is raised as a ValueError.
 """
 import os
-import re
 import shutil
-import signal
-import sys
-import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
+
+from bins import largest_id
 
 
 def _raise_first(rules):
@@ -35,7 +33,8 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
     """ The rules for train.py. `settings` is a dict, with device, dtype, compile and backend resolved. """
     s = SimpleNamespace(**settings)
     not_negative = ('eval_interval', 'log_interval', 'checkpoint_interval', 'max_bad_steps', 'max_iters',
-                    'warmup_iters', 'lr_decay_iters', 'grad_clip', 'weight_decay', 'min_lr')
+                    'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'grad_clip', 'weight_decay', 'min_lr',
+                    'muon_lr')
     _raise_first([
         *((settings[name] < 0, f'{name}={settings[name]} must not be negative') for name in not_negative),
         *((not 0 <= settings[name] < 1, f'{name}={settings[name]} must be from 0 up to, but not, 1')
@@ -43,6 +42,10 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
         (not 0 <= s.learning_rate < float('inf'), f'learning_rate={s.learning_rate} must be a number from 0'),
         (s.decay_lr and s.min_lr > s.learning_rate,
          f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}; usual is a tenth of it'),
+        (s.decay_lr and s.cooldown_iters and s.warmup_iters + s.cooldown_iters > s.lr_decay_iters,
+         f'cooldown_iters={s.cooldown_iters} and warmup_iters={s.warmup_iters} are more than '
+         f'lr_decay_iters={s.lr_decay_iters}'),
+        (s.muon_lr and not s.learning_rate, 'muon_lr takes a learning_rate above 0, for what is no matrix'),
         (min(s.batch_size, s.block_size) < 1,
          f'batch_size={s.batch_size} and block_size={s.block_size} must be at least 1'),
         (s.batch_size * s.block_size > 2**30,
@@ -81,70 +84,21 @@ def check_sample(settings):
 def check_bench(settings):
     """ The rules for bench.py. """
     s = SimpleNamespace(**settings)
-    _raise_first([(s.batch_size < 1, f'batch_size={s.batch_size} must be at least 1'), *_of_all(s)])
+    _raise_first([
+        (s.mode not in ('step', 'compare'), f"mode={s.mode!r} must be 'step' or 'compare'"),
+        (s.batch_size < 1, f'batch_size={s.batch_size} must be at least 1'),
+        *_of_all(s),
+    ])
 
 
-def explain(settings, ddp):
-    """ Has memory that ran out, and processes that are gone, said in one line instead of a traceback. """
-    names = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_embd')
-    sizes = ', '.join(f'{name}={settings[name]}' for name in names if name in settings)
-
-    def hook(kind, error, trace):
-        text = ' '.join(str(error).split())
-        line = None
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-            line = (f'out of memory ({text:.100}) with {sizes}; a lower batch_size and as much more '
-                    'gradient_accumulation_steps make the same iteration')
-        elif ddp and re.search(r'Connection (closed|reset)|[Pp]eer|gloo|NCCL|[Tt]imed out', text):
-            line = f'another process of this job is gone ({text:.100}); nothing was saved by this one'
-        elif kind.__module__.startswith('wandb'):
-            line = f'wandb: {text} Or set WANDB_MODE=offline, or --wandb_log=False'
-        if line is None:
-            return sys.__excepthook__(kind, error, trace)
-        # c10d puts a buffer in place of sys.stderr; with a broken collective, an orderly end may wait forever
-        print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.__stderr__, flush=True)
-        os._exit(1)
-
-    sys.excepthook = hook
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens, Ctrl-C ends at once
-
-
-def leave(code, ddp):
-    """ Ends a process. One of several does not wait for gloo's threads, which abort some orderly ends. """
-    if wandb := sys.modules.get('wandb'):
-        wandb.finish()
-    if ddp:
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
-
-
-class Signals:
-    """
-    SIGINT, SIGTERM and SIGUSR1 (that of Slurm before a time limit): the first is only noted, in `number`,
-    for the loop to end in its own time; a second, 5 seconds later or more, ends at once. Earlier ones count
-    as the first: torchrun and Slurm send what they get to processes that got it too.
-    """
-    number, time = 0, 0.0
-
-    def __init__(self):
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-            if hasattr(signal, name):  # Windows has not all
-                signal.signal(getattr(signal, name), self.note)
-
-    def note(self, number, frame):
-        if self.number and time.monotonic() - self.time > 5:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.time = number, time.monotonic()
-
-    @property
-    def name(self):
-        return signal.Signals(self.number).name if self.number else 'a signal to another process'
-
-    @property
-    def exit_code(self):
-        return 128 + (self.number or signal.SIGTERM)
+def check_fit(model_config, source, data, meta, settings):
+    """ The rules for a model from `source`, the bins {split: ids}, and the settings, together. """
+    needed = max([largest_id(ids) + 1 for ids in data.values()] + [meta['vocab_size'] if meta else 0])
+    _raise_first([
+        (model_config.vocab_size < needed,
+         f'{source} has a vocabulary of {model_config.vocab_size}, and dataset={settings["dataset"]} '
+         f'needs {needed}'),
+        (settings['block_size'] > model_config.block_size,
+         f'block_size={settings["block_size"]} is more than the {model_config.block_size} of {source}; '
+         f'set --block_size={model_config.block_size}'),
+    ])

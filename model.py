@@ -4,15 +4,14 @@ The GPT: its definition, its weights from GPT-2, its optimizer and its generatio
 Papers: GPT-2, Radford and others 2019; the attention, arXiv 1706.03762; GELU, arXiv 1606.08415;
 AdamW, arXiv 1711.05101; counting FLOPs, PaLM, arXiv 2204.02311, appendix B.
 
-Not here: data, checkpoints, and the loop that trains (bins.py, checkpoint.py, train.py).
+Not here: data, checkpoints, the device, and the loop that trains (bins.py, checkpoint.py, machine.py,
+train.py).
 """
 import logging
 import math
 import os
-import re
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn as nn
@@ -34,6 +33,14 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True        # in linear layers and layer norms
     gelu: str = 'exact'      # 'tanh' for weights that come from GPT-2, which was trained with that form
+    # newer than GPT-2; README.md has what each of them brings
+    rotary: bool = False     # positions turn queries and keys (arXiv 2104.09864), there is no table of them
+    rmsnorm: bool = False    # RMSNorm without gains (1910.07467), and once more after the embedding
+    qk_norm: bool = False    # queries and keys are normalised, after the turn (2302.05442)
+    relu2: bool = False      # squared ReLU (2109.08668) in place of GELU
+    untied: bool = False     # the head has a table of its own
+    softcap: float = 0.0     # logits are squeezed to between -softcap and softcap (2408.00118); 0: not
+    zero_init: bool = False  # what writes to the residual stream, and an untied head, begin at 0 (2203.03466)
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -45,18 +52,35 @@ class GPTConfig:
             raise ValueError(f'dropout={self.dropout} must be from 0 up to, but not, 1')
         if self.gelu not in ('exact', 'tanh'):
             raise ValueError(f"gelu={self.gelu!r} must be 'exact' or 'tanh'")
+        if self.rotary and self.n_embd // self.n_head % 2:
+            raise ValueError(f'n_embd={self.n_embd} / n_head={self.n_head} must be even with rotary=True')
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f'softcap={self.softcap} must be a number from 0')
 
 
-class LayerNorm(nn.Module):
-    """ Layer normalisation (arXiv 1607.06450), with or without a bias: (..., n_embd) -> the same. """
+def rms_norm(x):
+    """ Vectors of a root mean square of 1: (..., n) -> the same. """
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
-    def __init__(self, n_embd, bias):
+
+def rotate(x, cos, sin):
+    """ Turns the pairs (i, i + hs/2) of x (B, T, ..., hs) by their positions' angles (T, ..., hs/2). """
+    a, b = x.chunk(2, dim=-1)                                                   # (B, T, ..., hs/2)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Norm(nn.Module):
+    """ LayerNorm (arXiv 1607.06450) with or without a bias, or RMSNorm: (..., n_embd) -> the same. """
+
+    def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+        self.weight = None if config.rmsnorm else nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias and not config.rmsnorm else None
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        if self.weight is None:
+            return rms_norm(x)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
 
 
 class CausalSelfAttention(nn.Module):
@@ -66,17 +90,24 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.qk_norm = config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, rotation=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),                     # (B, nh, T, hs)
-            is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)                                           # heads side by side
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B, T, 3, nh, hs)
+        on_cpu = x.device.type == 'cpu'  # where attention in 16 bits is slower, in the backward pass 3 times
+        with torch.autocast('cpu', enabled=False) if on_cpu else nullcontext():
+            qkv = qkv.float() if on_cpu else qkv
+            qk, v = qkv[:, :, :2], qkv[:, :, 2]
+            qk = qk if rotation is None else rotate(qk, *rotation)
+            q, k = (rms_norm(qk) if self.qk_norm else qk).unbind(2)             # (B, T, nh, hs)
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),        # (B, nh, T, hs)
+                is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C).type_as(x)                       # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -87,11 +118,13 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate='none' if config.gelu == 'exact' else 'tanh')
+        self.relu2 = config.relu2
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        x = self.c_fc(x)                                                        # (B, T, 4 C)
+        return self.dropout(self.c_proj(F.relu(x).square() if self.relu2 else self.gelu(x)))
 
 
 class Block(nn.Module):
@@ -99,13 +132,13 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = Norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, rotation=None):
+        x = x + self.attn(self.ln_1(x), rotation)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -123,18 +156,27 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **({} if config.rotary else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=LayerNorm(config.n_embd, config.bias),
+            ln_f=Norm(config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
+        if not config.untied:
+            self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
+        if config.rotary:
+            hs = config.n_embd // config.n_head
+            speed = 10000 ** -(torch.arange(0, hs, 2) / hs)                     # (hs/2,) radians a position
+            angle = torch.outer(torch.arange(config.block_size), speed)[:, None, None]
+            self.register_buffer('cos', angle.cos(), persistent=False)          # (block_size, 1, 1, hs/2)
+            self.register_buffer('sin', angle.sin(), persistent=False)
 
         # GPT-2: normal with std 0.02; each block adds to the residual stream twice, so those two
         # projections are scaled down for the sum over all of them to keep its variance
         for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):
+            if config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+                nn.init.zeros_(p)
+            elif name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() >= 2:
                 nn.init.normal_(p, std=0.02)
@@ -143,28 +185,35 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """ The number of parameters; the position table is left out, the token table is the head's too. """
-        n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if not (non_embedding and name == 'transformer.wpe.weight'))
 
     def forward(self, idx, targets=None):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens are more than block_size={self.config.block_size}')
-        pos = torch.arange(T, device=idx.device)                                # (T,)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)               # (B, T, C)
-        x = self.transformer.drop(x)
+        x, rotation = self.transformer.wte(idx), None                           # (B, T, C)
+        if self.config.rotary:
+            rotation = self.cos[:T], self.sin[:T]                               # (T, 1, 1, hs/2)
+        else:
+            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+        x = self.transformer.drop(rms_norm(x) if self.config.rmsnorm else x)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, rotation)
         x = self.transformer.ln_f(x)
+        logits = self.lm_head(x if targets is not None else x[:, -1:])          # (B, T or 1, vocab_size)
+        if self.config.softcap:
+            logits = self.config.softcap * torch.tanh(logits.float() / self.config.softcap)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None                                # (B, 1, vocab_size)
-        logits = self.lm_head(x)                                                # (B, T, vocab_size)
+            return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def crop_block_size(self, block_size):
         """ Forgets the positions from `block_size` on. Build the optimizer after it, not before. """
         assert block_size <= self.config.block_size, 'positions can be forgotten, not added'
         self.config.block_size = block_size
+        if self.config.rotary:
+            return
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         self.transformer.wpe.num_embeddings = block_size
 
@@ -233,9 +282,13 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # training
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """ AdamW in two groups: tensors of two or more dimensions decay, biases and norms do not. """
-        params = [p for p in self.parameters() if p.requires_grad]
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False):
+        """
+        AdamW in two groups: tensors of two or more dimensions decay, biases and norms do not. With `muon`
+        without the matrices of the blocks: those are for configure_muon.
+        """
+        params = [p for name, p in self.named_parameters() if p.requires_grad
+                  and not (muon and '.h.' in name and p.dim() == 2)]
         groups = [
             {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
@@ -243,10 +296,17 @@ class GPT(nn.Module):
         fused = device_type in ('cuda', 'cpu', 'mps')  # one kernel for all tensors, where torch has it
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
+    def configure_muon(self, lr, weight_decay, dtype='bfloat16'):
+        """ Muon for the matrices of the blocks, in bfloat16 unless the run is in float32. """
+        matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+        return Muon(matrices, lr, weight_decay, dtype=torch.float32 if dtype == 'float32' else torch.bfloat16)
+
     def flops_per_token(self, T):
         """ FLOPs of forward and backward for one token among T: 6 N + 12 L H Q T. """
-        c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * T
+        c, n = self.config, self.get_num_params()
+        if c.untied:
+            n -= self.transformer.wte.weight.numel()  # looked up, not multiplied with
+        return 6 * n + 12 * c.n_layer * c.n_embd * T
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
         """
@@ -255,6 +315,7 @@ class GPT(nn.Module):
         """
         T, device = self.config.block_size, self.lm_head.weight.device
         if peak is None:
+            from machine import peak_flops
             peak, _ = peak_flops(device.type, 'bfloat16' if device.type == 'cuda' else 'float32')
         return self.flops_per_token(T) * T * fwdbwd_per_iter / dt / peak
 
@@ -279,90 +340,72 @@ class GPT(nn.Module):
         return idx
 
 # -----------------------------------------------------------------------------
-# the device
+# the update
 
-# dense 16-bit FLOP/s, accumulated in float32, from the makers' data sheets
-GPU_PEAKS = {
-    'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 836e12, 'H200': 989e12, 'H100 PCIe': 756e12,
-    'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12,
-    'L4': 121e12, 'V100': 125e12, 'T4': 65e12,
-}
-
-
-def choose_device(device='auto', dtype='auto', compile='auto'):
+class Muon(torch.optim.Optimizer):
     """
-    Puts what this machine is best at in the place of each 'auto' -> device, dtype, compile.
-    Raises ValueError for a device that is not there, and for words that it does not know.
+    The update of a matrix is its momentum (Nesterov's) with every singular value brought close to 1, by a
+    polynomial applied five times (Jordan and others 2024, kellerjordan.github.io/posts/muon). It is that of
+    torch.optim.Muon; here all matrices of a size go through the products together, in `dtype`, and an
+    update is left out where `found_inf` is set, as fused AdamW does. Raises ValueError for other tensors.
     """
-    if device == 'auto':
-        device = ('cuda' if torch.cuda.is_available() else
-                  'mps' if torch.backends.mps.is_available() else 'cpu')
-    kind, _, index = str(device).partition(':')
-    there = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
-    if kind not in there or index and not index.isdigit():
-        raise ValueError(f"device={device!r} must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    if int(index or 0) >= there[kind]:
-        raise ValueError(f'device={device}: {there[kind] or "none"} here; --device=auto takes what is')
-    native = kind == 'cuda' and torch.cuda.get_device_capability(int(index or 0)) >= (8, 0)  # Ampere
-    if dtype == 'auto':
-        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if native else 'float16'
-    if dtype not in ('float32', 'bfloat16', 'float16'):
-        raise ValueError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
-    if compile not in ('auto', True, False):
-        raise ValueError(f"compile={compile!r} must be 'auto', True or False")
-    return device, dtype, kind == 'cuda' if compile == 'auto' else compile
+    found_inf = None  # a tensor: 1.0 where the gradients are not finite
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+        if any(p.dim() != 2 for group in self.param_groups for p in group['params']):
+            raise ValueError('Muon is for matrices')
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            sizes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    sizes.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for params in sizes.values():
+                self.update(params, **{key: group[key] for key in ('lr', 'weight_decay', 'momentum')})
+
+    def update(self, params, lr, weight_decay, momentum):
+        ok = 1 if self.found_inf is None else 1 - self.found_inf
+        directions = []
+        for p in params:
+            grad = p.grad if self.found_inf is None else torch.where(ok > 0, p.grad, 0)
+            average = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+            average.lerp_(grad, (1 - momentum) * ok)
+            ahead = grad.lerp(average, momentum)
+            directions.append((ahead if len(p) <= p.shape[1] else ahead.T).to(self.dtype))
+        X = torch.stack(directions)                                             # (n, r, c) with r <= c
+        X /= X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            A = X @ X.mT                                                        # (n, r, r)
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+        for p, x in zip(params, X):
+            x = x if len(p) <= p.shape[1] else x.T
+            p.mul_(1 - lr * weight_decay * ok)
+            p.sub_(x * (lr * max(1, len(p) / p.shape[1]) ** 0.5 * ok))  # taller ones take larger updates
 
 
-def clip_and_step(optimizer, scaler, parameters, loss, grad_clip=0.0):
+def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     """
     Clips the gradients to the norm `grad_clip` (0: not), updates, forgets them -> their norm, a tensor.
-    Where that or `loss`, a tensor, is not finite, the update is skipped: the device decides, nobody waits.
+    Where that or `loss`, a tensor, is not finite, no optimizer updates: the device decides, nobody waits.
     """
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     parameters = [p for p in parameters if p.grad is not None]
     min(parameters, key=torch.numel).grad += 0 * loss  # nan where the loss is not finite
     norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
             torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-    elif optimizer.defaults['fused'] and norm.device.type != 'mps':
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # which the kernel looks at, as for a scaler
-        optimizer.step()
-    elif torch.isfinite(norm):
-        optimizer.step()
+    finite = torch.isfinite(norm)
+    if norm.device.type != 'mps':  # whose fused AdamW does not look at it
+        for optimizer in optimizers:
+            optimizer.found_inf = (~finite).float()
+    if norm.device.type != 'mps' or finite:
+        for optimizer in optimizers:
+            optimizer.step()
+    for p in parameters:
+        p.grad = None
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def fetch(values):
-    """ Starts to bring a tensor to the host -> a function that waits for it and returns it as a list. """
-    if values.device.type != 'cuda':
-        return values.tolist
-    copy, there = torch.empty_like(values, device='cpu', pin_memory=True), torch.cuda.Event()
-    copy.copy_(values, non_blocking=True)
-    there.record()
-    return lambda: there.synchronize() or copy.tolist()
-
-
-@cache
-def peak_flops(device_type, dtype):
-    """
-    FLOP/s that the device can do in `dtype`, and where the figure is from: a data sheet for a GPU of
-    the table in 16 bits, a short matrix product for whatever else there is.
-    """
-    if device_type == 'cuda':
-        gpu = torch.cuda.get_device_name()
-        for name, peak in GPU_PEAKS.items():
-            if re.search(rf'\b{name}\b', gpu) and 'MIG' not in gpu and dtype != 'float32':
-                return peak, f"{gpu}'s data sheet"
-    best, n, seconds = 0.0, 512, 0.0
-    while n <= 8192 and seconds < 0.02:  # the larger the nearer to the peak; up to 0.3 s on a CPU
-        a = torch.randn(n, n, device=device_type, dtype=getattr(torch, dtype))
-        for _ in range(5):
-            start = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for a GPU
-            seconds = time.perf_counter() - start
-            best = max(best, 2 * n**3 / seconds)
-        n *= 2
-    return best, 'a measured matrix product'

@@ -8,7 +8,6 @@ Prompts a trained model and prints what it writes.
 Settings are the variables below: set them with --key=value, or in a file named before it.
 """
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ import torch
 from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record
 from checkpoint import load_checkpoint, load_weights
 from checks import check_sample
-from model import GPT, GPT2_NAMES, GPTConfig, choose_device
+from machine import choose_device, use_device
+from model import GPT, GPT2_NAMES, GPTConfig
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'   # resume: out_dir/ckpt.pt; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face
@@ -29,7 +29,7 @@ temperature = 0.8      # below 1.0: likely tokens more often; above: less often
 top_k = 200            # draw among so many of the likeliest tokens; 0: among all
 seed = 1337
 device = 'auto'        # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = 'auto'         # float32, bfloat16 or float16; auto: 16 bits on CUDA, bfloat16 where native
+dtype = 'auto'         # float32, bfloat16 or float16; auto: 16 bits on CUDA and where a CPU has bfloat16
 compile = False        # torch.compile: minutes at first, then faster
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -68,11 +68,7 @@ with one_line_errors():
     if max(prompt) >= model.config.vocab_size:
         raise ValueError(f'the prompt has token {max(prompt)}, and the model only {model.config.vocab_size}')
 
-device_type = device.partition(':')[0]
-if device_type == 'cuda':
-    torch.cuda.set_device(torch.device(device).index or 0)
-    torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
-autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
+autocast = use_device(device, dtype)
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}')
 torch.manual_seed(seed)
 model.eval().to(device)

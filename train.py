@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -23,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from bins import largest_id, load_meta, one_line_errors, open_bin, tokenizer_record, windows
-from checkpoint import load_checkpoint, load_optimizer, load_weights, newest_checkpoint, save_checkpoint
-from checks import Signals, check_train, explain, leave
-from model import GPT, GPT2_NAMES, GPTConfig, choose_device, clip_and_step, fetch, peak_flops
+from bins import load_meta, one_line_errors, open_bin, tokenizer_record, windows
+from checkpoint import load_checkpoint, load_optimizers, load_weights, newest_checkpoint, save_checkpoint
+from checks import check_fit, check_train
+from machine import Signals, choose_device, explain, fetch, join_processes, leave, peak_flops, use_device
+from model import GPT, GPT2_NAMES, GPTConfig, clip_and_step
 
 # -----------------------------------------------------------------------------
 # the run
@@ -58,6 +60,16 @@ n_head = 12
 n_embd = 768                  # a multiple of n_head
 dropout = 0.0                 # for pretraining 0, for small data 0.1 and more
 bias = False                  # in linear layers and layer norms; GPT-2 has them
+# newer than GPT-2: config/*_fast.py set them, README.md has what each brings
+rotary = False                # positions turn queries and keys; there is no table of them
+rmsnorm = False               # RMSNorm without gains, and once more after the embedding
+qk_norm = False               # queries and keys are normalised
+relu2 = False                 # squared ReLU in place of GELU
+untied = False                # the head has a table of its own
+softcap = 0.0                 # logits are squeezed to between -softcap and softcap; 0: not
+zero_init = False             # what writes to the residual stream, and an untied head, begin at 0
+muon_lr = 0.0                 # highest rate of Muon, for the blocks' matrices; 0: AdamW for all
+cooldown_iters = 0            # constant, then a straight line to min_lr in so many; 0: half a cosine
 # AdamW
 learning_rate = 6e-4          # the highest
 max_iters = 600000            # updates in all
@@ -69,11 +81,11 @@ grad_clip = 1.0               # norm to which gradients are cut; 0: not
 decay_lr = True               # False: constant, without warm-up
 warmup_iters = 2000           # iterations of linear rise
 lr_decay_iters = 600000       # iteration at which min_lr is reached; usually max_iters
-min_lr = 6e-5                 # usually learning_rate / 10
+min_lr = 6e-5                 # usually learning_rate / 10; Muon's is in proportion
 # the system
 backend = 'auto'              # of several processes: nccl or gloo; auto: nccl on CUDA
 device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = 'auto'                # float32, bfloat16 or float16; auto: 16 bits on CUDA, bfloat16 where native
+dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits on CUDA and where a CPU has bfloat16
 compile = 'auto'              # True or False; auto: on CUDA
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -100,24 +112,17 @@ with one_line_errors():
     check_train(config, device_type, ddp, world_size, local_world_size)
 explain(config, ddp)
 
+job, again = '', False
 if ddp:
     device = f'cuda:{local_rank}' if device_type == 'cuda' else device
-    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-    store = dist.PrefixStore(restarts, next(dist.rendezvous('env://'))[0])  # not the addresses of the dead
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-if device_type == 'cuda':
-    torch.cuda.set_device(torch.device(device).index or 0)
-    torch.set_float32_matmul_precision('high')  # what stays in float32 may use TF32
-autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
+    job, again = join_processes(backend, rank, world_size)
+autocast = use_device(device, dtype)
 
 # -----------------------------------------------------------------------------
 # the data and the model
 
 ckpt_path, last_path = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
-job = os.environ.get('TORCHELASTIC_RUN_ID', '')  # stays the same when torchrun starts its workers again
-job = f'agent {os.getppid()}' if job == 'none' else job
 with one_line_errors():
-    again = ddp and restarts != '0'
     wanted = again or init_from in ('resume', 'auto') and not eval_only
     found = newest_checkpoint(out_dir) if wanted else ckpt_path
     if init_from == 'auto':
@@ -139,8 +144,8 @@ with one_line_errors():
     identity, resumed, source = {'run_id': uuid4().hex, 'job': job}, None, init_from
     torch.manual_seed(seed)  # the initial weights
     if init_from == 'scratch':
-        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
-                              bias=bias, vocab_size=vocab_size, dropout=dropout))
+        names = {field.name for field in fields(GPTConfig)}
+        model = GPT(GPTConfig(vocab_size=vocab_size, **{key: config[key] for key in config if key in names}))
     elif init_from == 'resume' or init_from not in GPT2_NAMES and (
             os.path.isfile(init_from) or init_from.endswith('.pt')):
         source = found if init_from == 'resume' else init_from
@@ -152,21 +157,18 @@ with one_line_errors():
         resumed = checkpoint if init_from == 'resume' else None
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    needed = max([largest_id(ids) + 1 for ids in data.values()] + [meta['vocab_size'] if meta else 0])
-    if model.config.vocab_size < needed:
-        raise ValueError(f'{source} has a vocabulary of {model.config.vocab_size}, and dataset={dataset} '
-                         f'needs {needed}')
-    if block_size > model.config.block_size:
-        raise ValueError(f'block_size={block_size} is more than the {model.config.block_size} of {source}; '
-                         f'set --block_size={model.config.block_size}')
+    check_fit(model.config, source, data, meta, config)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
 
     raw_model = model.to(device)
-    optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    optimizers = [raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
+                                                 muon=muon_lr > 0)]
+    if muon_lr:
+        optimizers.append(raw_model.configure_muon(muon_lr, weight_decay, dtype))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if resumed:
-        load_optimizer(optimizer, resumed, source)
+        load_optimizers(optimizers, resumed, source)
         if scaler.is_enabled() and resumed.get('scaler'):
             scaler.load_state_dict(resumed['scaler'])
         iter_num, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
@@ -187,7 +189,7 @@ say(f'tokens per iteration will be: {tokens_per_iter:,}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M\n{raw_model.config}')
 say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
     f'{f"{world_size} processes over {backend}" if ddp else "1 process"}, '
-    f'{"fused " if optimizer.defaults["fused"] else ""}AdamW')
+    f'{"Muon and " if muon_lr else ""}AdamW')
 say(f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}')
 
 model = torch.compile(raw_model) if compile else raw_model
@@ -225,10 +227,7 @@ def get_batch(split, index=0, it=None):
         beyond = None
         starts = np.random.default_rng(stream(*key)).integers(len(data[split]) - block_size, size=batch_size)
     batch = torch.from_numpy(windows(data[split], starts, block_size))  # (B, T + 1)
-    if device_type == 'cuda':
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
+    batch = batch.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else batch.to(device)
     x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # (B, T)
     if beyond is not None:
         y[torch.from_numpy(beyond).to(device)] = -1
@@ -259,13 +258,18 @@ def estimate_loss():
 
 
 def get_lr(it):
-    """ Learning rate of iteration `it`: a linear rise, half a cosine (arXiv 1608.03983), then constant. """
+    """
+    Learning rate of iteration `it`: a linear rise, then half a cosine (arXiv 1608.03983), or a plateau and
+    a straight descent (2405.18392), then constant.
+    """
     if not decay_lr:
         return learning_rate
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it >= lr_decay_iters:
         return min_lr
+    if cooldown_iters:
+        return min_lr + min(1, (lr_decay_iters - it) / cooldown_iters) * (learning_rate - min_lr)
     ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
@@ -288,7 +292,7 @@ def save(path):
         return
     say(f'saving checkpoint to {out_dir}')
     try:
-        save_checkpoint(path, raw_model, optimizer, iter_num=iter_num, best_val_loss=best_val_loss,
+        save_checkpoint(path, raw_model, optimizers, iter_num=iter_num, best_val_loss=best_val_loss,
                         config=config, tokenizer=tokenizer, scaler=scaler.state_dict(), **identity)
     except OSError as error:
         return say(f'WARNING: nothing was saved: {error}. The run goes on, older checkpoints are intact.')
@@ -308,8 +312,9 @@ clock = time.perf_counter()
 while True:
     # 1. the learning rate
     lr = get_lr(iter_num)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    for optimizer, rate in zip(optimizers, (lr, muon_lr and muon_lr * lr / learning_rate)):
+        for group in optimizer.param_groups:
+            group['lr'] = rate
 
     # 2. evaluate, save, and end after the last update or on a signal
     finished = iter_num >= max_iters
@@ -340,7 +345,8 @@ while True:
     loss_sum = torch.zeros((), device=device)
     for index in share:
         last = index + world_size >= gradient_accumulation_steps
-        torch.manual_seed(int(stream(2, iter_num, index).generate_state(1, np.uint64)[0]))  # dropout
+        if dropout:
+            torch.manual_seed(int(stream(2, iter_num, index).generate_state(1, np.uint64)[0]))
         with nullcontext() if last or not ddp else model.no_sync():
             with autocast:
                 _, loss = model(X, Y)
@@ -354,7 +360,7 @@ while True:
         dist.all_reduce(report)
 
     # 4. clip and step, unless a number went bad
-    norm = clip_and_step(optimizer, scaler, raw_model.parameters(), report[0], grad_clip)
+    norm = clip_and_step(optimizers, scaler, raw_model.parameters(), report[0], grad_clip)
     reports.append((iter_num, fetch(torch.stack((*report, norm.float())))))
 
     # 5. log

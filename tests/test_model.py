@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from model import GPT, GPTConfig, choose_device, peak_flops
+from machine import choose_device, peak_flops
+from model import GPT, GPTConfig, Muon, clip_and_step, rotate
 
 
 @pytest.fixture(scope='module')
@@ -211,15 +212,185 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
     assert choose_device() == ('cuda', dtype, True)
     assert choose_device('cuda:1', compile=False) == ('cuda:1', dtype, False)
-    assert choose_device('cpu') == ('cpu', 'float32', False)
+    assert choose_device('cpu', 'float32') == ('cpu', 'float32', False)
     with pytest.raises(ValueError, match='cuda:2'):
         choose_device('cuda:2')
 
 
+@pytest.mark.parametrize('has, dtype', [
+    ({'avx512_bf16': True}, 'bfloat16'), ({'amx_bf16': True, 'avx512_bf16': False}, 'bfloat16'),
+    ({}, 'float32')])
+def test_a_cpu_computes_in_what_it_has(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has)
+    assert choose_device('cpu') == ('cpu', dtype, False)
+
+
 def test_choosing_the_device():
-    assert choose_device('cpu') == ('cpu', 'float32', False)
     assert choose_device('cpu', 'bfloat16', True) == ('cpu', 'bfloat16', True)
     for wrong in (dict(device='gpu'), dict(device=True), dict(device='cuda:99'),
                   dict(device='cpu', dtype='int8'), dict(device='cpu', compile='yes')):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             choose_device(**wrong)
+
+
+# -----------------------------------------------------------------------------
+# newer than GPT-2
+
+RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, relu2=True, untied=True)
+
+
+@pytest.fixture
+def recipe():
+    """ A GPT with every newer flag on, and weights large enough for attention to matter. """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False, **RECIPE))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def test_the_recipe_is_a_nanochat_of_transformers(recipe):
+    """ Logits and gradients, with the q, k and v that they keep apart. """
+    theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, final_logit_softcapping=None, pad_token_id=None,
+        attn_implementation='eager')).eval()
+    weights = {'model.embed_tokens.weight': recipe.transformer.wte.weight,
+               'lm_head.weight': recipe.lm_head.weight}
+    for i, block in enumerate(recipe.transformer.h):
+        q, k, v = block.attn.c_attn.weight.chunk(3)
+        for name, weight in dict(q_proj=q, k_proj=k, v_proj=v, o_proj=block.attn.c_proj.weight).items():
+            weights[f'model.layers.{i}.self_attn.{name}.weight'] = weight
+        weights[f'model.layers.{i}.mlp.fc1.weight'] = block.mlp.c_fc.weight
+        weights[f'model.layers.{i}.mlp.fc2.weight'] = block.mlp.c_proj.weight
+    theirs.load_state_dict({key: value.detach() for key, value in weights.items()})
+    idx = torch.randint(40, (3, 16), generator=torch.Generator().manual_seed(1))
+    logits, loss = recipe(idx, F.pad(idx[:, 1:], (0, 1), value=-1))
+    reference = theirs(idx, labels=idx)
+    torch.testing.assert_close(logits, reference.logits, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    reference.loss.backward()
+    for ours, name in ((recipe.transformer.wte, 'embed_tokens'),
+                       (recipe.transformer.h[1].mlp.c_proj, 'layers.1.mlp.fc2')):
+        torch.testing.assert_close(ours.weight.grad, theirs.model.get_submodule(name).weight.grad,
+                                   atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('flag', RECIPE)
+def test_a_flag_alone_changes_the_logits(tiny, flag):
+    torch.manual_seed(0)
+    other = GPT(GPTConfig(**{**vars(tiny.config), flag: True}))
+    for model in (tiny, other):
+        for name, p in model.named_parameters():  # the same where both have it
+            seed = torch.Generator().manual_seed(sum(name.encode()))
+            torch.nn.init.normal_(p, std=0.3, generator=seed)
+    idx = torch.arange(12)[None]
+    assert (other(idx, idx)[0] - tiny(idx, idx)[0]).abs().max() > 0.1
+
+
+def test_what_rotary_positions_see_is_how_far_apart_tokens_are(recipe):
+    x = torch.randn(8, generator=torch.Generator().manual_seed(1)).expand(1, 16, 1, 1, 8)
+    turned = rotate(x, recipe.cos, recipe.sin)[0, :, 0, 0]                      # (16, 8)
+    products = turned @ turned.T                                                # (16, 16)
+    for distance in range(15):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+    assert products[0].std() > 0.1  # and it is seen
+
+
+def test_rotary_models_crop_without_a_table(recipe):
+    idx = torch.arange(8)[None]
+    before = recipe(idx)[0]
+    recipe.crop_block_size(8)
+    assert torch.equal(recipe(idx)[0], before)
+    with pytest.raises(ValueError, match='block_size=8'):
+        recipe(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match='even'):
+        GPTConfig(n_embd=15, n_head=3, rotary=True)
+
+
+def test_a_table_that_is_only_looked_up_costs_no_flops(tiny, recipe):
+    n = sum(p.numel() for p in recipe.parameters())
+    assert recipe.get_num_params() == recipe.get_num_params(non_embedding=False) == n
+    assert recipe.flops_per_token(16) == 6 * (n - 40 * 16) + 12 * 2 * 16 * 16
+    assert tiny.flops_per_token(16) == 6 * tiny.get_num_params() + 12 * 2 * 16 * 16
+
+
+def test_attention_stays_in_float32_on_a_cpu(recipe):
+    """ So bfloat16 has the errors of its products alone, and a model that is bfloat16 throughout works. """
+    idx = torch.randint(40, (3, 16), generator=torch.Generator().manual_seed(1))
+    exact = recipe(idx, idx)[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed, loss = recipe(idx, idx)
+    loss.backward()
+    assert recipe.transformer.h[0].attn.c_attn.weight.grad.dtype == torch.float32
+    assert 0 < (mixed - exact).abs().max() < 0.05 * exact.abs().max()
+    assert recipe.bfloat16()(idx, idx)[0].dtype == torch.bfloat16
+
+
+# -----------------------------------------------------------------------------
+# the update
+
+def matrices(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((48, 16), (16, 16), (64, 16), (16, 64), (16, 16), (64, 16))
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def test_muon_is_that_of_torch():
+    ours, theirs = matrices(), matrices()
+    mine = Muon(ours, lr=0.1, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)
+    for step in range(3):
+        for p, q, g in zip(ours, theirs, matrices(step + 1)):
+            p.grad, q.grad = g.detach().clone(), g.detach().clone()
+        mine.step()
+        reference.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, atol=5e-3, rtol=0)  # three updates of 0.1, in bfloat16
+        torch.testing.assert_close(mine.state[p]['momentum_buffer'], reference.state[q]['momentum_buffer'])
+
+
+def test_an_update_of_muon_has_singular_values_near_1_and_the_directions_of_the_gradient():
+    before, params = matrices(), matrices()
+    optimizer = Muon(params, lr=1.0, dtype=torch.float32)
+    for p, g in zip(params, matrices(1)):
+        p.grad = g.detach().clone()
+    optimizer.step()
+    for old, p in zip(before, params):
+        update = (old - p).detach() / max(1, p.shape[0] / p.shape[1]) ** 0.5
+        u, s, v = torch.linalg.svd(p.grad, full_matrices=False)
+        middle = u.T @ update @ v.T                                             # diagonal in the SVD's bases
+        assert 0.6 < middle.diagonal().min() and middle.diagonal().max() < 1.3
+        assert (middle - middle.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match='matrices'):
+        Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_a_bad_number_anywhere_holds_both_optimizers(recipe, bad):
+    optimizers = [recipe.configure_optimizers(0.1, 0.1, (0.9, 0.95), 'cpu', muon=True),
+                  recipe.configure_muon(0.1, 0.1)]
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
+    assert len({id(p) for p in held}) == len(held) == len(list(recipe.parameters()))
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    idx = torch.arange(12)[None]
+
+    def step(poison=0.0):
+        loss = recipe(idx, idx)[1]
+        loss.backward()
+        recipe.lm_head.weight.grad[0, 0] += poison  # AdamW's, and Muon's matrices are to wait as well
+        return clip_and_step(optimizers, scaler, recipe.parameters(), loss.detach(), 1.0)
+
+    step()
+    before = [p.detach().clone() for p in recipe.parameters()]
+    momenta = [state['momentum_buffer'].clone() for state in optimizers[1].state.values()]
+    step(bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, recipe.parameters()))
+    assert all(torch.equal(a, state['momentum_buffer']) for a, state in
+               zip(momenta, optimizers[1].state.values()))
+    step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, recipe.parameters()))

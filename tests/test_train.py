@@ -10,6 +10,9 @@ from conftest import CLASSIC_MODEL_ARGS, SMALL, run, train
 import checkpoint as checkpoint_module
 from checkpoint import load_checkpoint
 
+RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, relu2=True, untied=True, muon_lr=0.02,
+              cooldown_iters=10, dtype='bfloat16')
+
 
 def weights(out_dir, name='ckpt.pt'):
     return torch.load(out_dir / name, weights_only=True)['model']
@@ -46,6 +49,9 @@ def test_learning_rate_at_its_corners(trainer):
     assert rates([0, 6, 12], warmup_iters=0) == pytest.approx([1.0, 0.55, 0.1])
     assert rates([3, 4, 5], lr_decay_iters=4) == pytest.approx([0.8, 0.1, 0.1])
     assert rates([0, 5, 99], decay_lr=False) == [1.0, 1.0, 1.0]
+    line = dict(cooldown_iters=6)
+    assert rates([0, 3, 4, 6, 9, 11, 12, 99], **line) == pytest.approx([0.2, 0.8, 1, 1, 0.55, 0.25, 0.1, 0.1])
+    assert rates([4, 8, 12], cooldown_iters=8) == pytest.approx([1.0, 0.55, 0.1])
 
 
 def test_a_batch_is_a_function_of_seed_iteration_and_index(trainer):
@@ -161,8 +167,8 @@ def test_eval_only_writes_nothing(tmp_path, dataset):
 
 
 @pytest.mark.parametrize('extra', [
-    dict(dropout=0.2, gradient_accumulation_steps=3), dict(dtype='float16', dropout=0.1)],
-    ids=['float32', 'float16'])
+    dict(dropout=0.2, gradient_accumulation_steps=3), dict(dtype='float16', dropout=0.1), RECIPE],
+    ids=['float32', 'float16', 'recipe'])
 def test_resume_equals_no_interruption_bit_for_bit(tmp_path, dataset, extra):
     whole, _, _ = train(tmp_path, dataset, out_dir='whole', **extra)
     first, _, _ = train(tmp_path, dataset, out_dir='parts', **{**extra, 'max_iters': 10})
@@ -184,13 +190,13 @@ def test_accumulation_equals_one_large_batch(trainer):
     loss.backward()
     assert names['lossf'] == pytest.approx(loss.item(), abs=1e-6)
     for p, fresh in zip(names['raw_model'].parameters(), untouched.parameters()):
-        moment = names['optimizer'].state[p]['exp_avg']
+        moment = names['optimizers'][0].state[p]['exp_avg']
         torch.testing.assert_close(moment / (1 - names['beta1']), fresh.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_gradients_are_clipped_by_their_norm(trainer):
     free, clipped = (trainer(max_iters=1, grad_clip=clip) for clip in (0.0, 0.01))
-    moments = [[names['optimizer'].state[p]['exp_avg'] for p in names['raw_model'].parameters()]
+    moments = [[names['optimizers'][0].state[p]['exp_avg'] for p in names['raw_model'].parameters()]
                for names in (free, clipped)]
     norm = math.sqrt(sum((m / 0.1).square().sum().item() for m in moments[0]))
     assert norm > 0.1
@@ -208,7 +214,7 @@ def test_16_bits_follow_float32(trainer, dtype):
     assert names['lossf'] == pytest.approx(reference['lossf'], abs=0.02)
     assert names['lossf'] != reference['lossf']
     p, q = names['raw_model'].lm_head.weight, reference['raw_model'].lm_head.weight
-    moments = names['optimizer'].state[p]['exp_avg'], reference['optimizer'].state[q]['exp_avg']
+    moments = names['optimizers'][0].state[p]['exp_avg'], reference['optimizers'][0].state[q]['exp_avg']
     assert (moments[0] - moments[1]).norm() < 0.1 * moments[1].norm()
 
 
@@ -218,7 +224,7 @@ def test_the_optimizer_steps_with_the_rate_of_its_iteration(trainer):
         step = (p - fresh).abs().max().item()  # AdamW's first step is the rate times the sign
         assert step == pytest.approx(0.01 / 5, rel=0.01)
     names = trainer(max_iters=6, warmup_iters=4, lr_decay_iters=12)
-    assert [g['lr'] for g in names['optimizer'].param_groups] == [names['get_lr'](6)] * 2
+    assert [g['lr'] for g in names['optimizers'][0].param_groups] == [names['get_lr'](6)] * 2
     assert names['get_lr'](6) not in (names['get_lr'](5), names['get_lr'](7), 1e-2)
 
 
@@ -238,10 +244,10 @@ def test_resume_takes_every_setting_of_the_optimizer_from_the_command_line(scrip
     train(tmp_path, dataset)
     names = script_globals('train.py', **{**SMALL, 'dataset': dataset, 'init_from': 'resume', 'beta2': 0.5,
                                           'weight_decay': 0.03, 'eval_only': True, 'dropout': 0.3})
-    decay, rest = names['optimizer'].param_groups
+    decay, rest = names['optimizers'][0].param_groups
     assert decay['betas'] == (0.9, 0.5) and (decay['weight_decay'], rest['weight_decay']) == (0.03, 0.0)
     assert names['raw_model'].config.dropout == 0.3
-    assert all(state['step'] == 20 for state in names['optimizer'].state.values())
+    assert all(state['step'] == 20 for state in names['optimizers'][0].state.values())
 
 
 def test_resume_restores_the_scaler_and_the_best_loss(script_globals, tmp_path, dataset):
@@ -313,6 +319,26 @@ def test_fine_tuning_gpt2_keeps_its_gelu_in_a_key_of_its_own(tmp_path, dataset):
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')['model_args']['gelu'] == 'tanh'
 
 
+def test_a_checkpoint_of_the_recipe_says_so_loudly(tmp_path, dataset):
+    """ Readers of the seven classic model_args must not take it for a GPT-2; its AdamW stays classic. """
+    train(tmp_path, dataset, max_iters=12, **RECIPE, zero_init=True)
+    saved = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    assert set(saved['model_args']) - set(CLASSIC_MODEL_ARGS) == {
+        'rotary', 'rmsnorm', 'qk_norm', 'relu2', 'untied'}
+    assert 'transformer.wpe.weight' not in saved['model'] and 'lm_head.weight' in saved['model']
+    moments = saved['optimizer']['state']
+    assert {tuple(of) for of in moments.values()} == {('step', 'exp_avg', 'exp_avg_sq')}
+    assert len(moments) == 2 and len(saved['muon']['state']) == 8
+    rates = [group['lr'] for key in ('optimizer', 'muon') for group in saved[key]['param_groups']]
+    assert rates == pytest.approx([0.0082, 0.0082, 0.02 * 0.82])  # 8 of 10 iterations before the lowest
+    out, _ = run('sample.py', cwd=tmp_path, num_samples=1, max_new_tokens=30)
+    assert out.count('-' * 15) == 1
+    _, steps, _ = train(tmp_path, dataset, eval_only=True, init_from='out/ckpt.pt')
+    assert steps[0][1] == pytest.approx(saved['best_val_loss'], abs=0.02)  # in float32 now
+    _, error = run('train.py', cwd=tmp_path, code=1, **{**SMALL, 'dataset': dataset, 'init_from': 'resume'})
+    assert 'was trained with Muon, and muon_lr' in error and error.count('\n') == 1
+
+
 # -----------------------------------------------------------------------------
 # many processes
 
@@ -338,6 +364,13 @@ def test_resumed_by_another_number_of_processes(tmp_path, dataset, single_proces
     rest, steps, _ = train(tmp_path, dataset, processes=3, init_from='resume', **settings)
     assert {**first, **rest} == pytest.approx(single_process[0], abs=1.01e-4) and min(rest) == 10
     assert steps[20] == pytest.approx(single_process[1][20], abs=1.01e-4)
+
+
+def test_two_processes_with_the_recipe(tmp_path, dataset):
+    settings = {**RECIPE, 'dtype': 'float32', 'gradient_accumulation_steps': 2}
+    one, _, _ = train(tmp_path, dataset, out_dir='one', **settings)
+    two, _, _ = train(tmp_path, dataset, out_dir='two', processes=2, **settings)
+    assert two == pytest.approx(one, abs=1.01e-4)
 
 
 def test_more_processes_than_micro_batches_are_refused(tmp_path, dataset):
