@@ -33,7 +33,6 @@ dropout = 0.0
 rotary = False           # these as in train.py
 rmsnorm = False
 qk_norm = False
-relu2 = False
 untied = False
 muon_lr = 0.0            # above 0: Muon for the blocks' matrices
 real_data = True         # read windows of the dataset; False: the same random tokens at every step

@@ -22,7 +22,7 @@ import torch
 
 from bins import check_disk, whole_file
 
-NEWER = ('rotary', 'rmsnorm', 'qk_norm', 'relu2', 'untied', 'softcap')  # who knows them not must stumble
+NEWER = ('rotary', 'rmsnorm', 'qk_norm', 'untied')  # who knows them not must stumble
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
@@ -133,19 +133,15 @@ def load_optimizers(optimizers, checkpoint, path):
         raise ValueError(f'{path} was trained with{"" if "muon" in checkpoint else "out"} Muon, and muon_lr '
                          f'says otherwise; --init_from={path} takes its weights alone')
     for key, optimizer in zip(('optimizer', 'muon'), optimizers):
-        state, fresh = checkpoint[key], optimizer.state_dict()['param_groups']
+        moments, groups, fits = {}, [], True
         try:
-            groups = [{**ours, 'params': theirs['params']}
-                      for ours, theirs in zip(fresh, state['param_groups'])]
-            params = [p for group in optimizer.param_groups for p in group['params']]
-            ids = [i for group in state['param_groups'] for i in group['params']]
-            fits = [len(g['params']) for g in fresh] == [len(g['params']) for g in state['param_groups']]
-            moments = {}
-            for i, p in zip(ids, params):
-                moments[i] = dict(state['state'].get(i, {}))
-                for name in {'exp_avg', 'exp_avg_sq', 'momentum_buffer'} & set(moments[i]):
-                    moments[i][name] = moments[i][name][:len(p)].clone()
-                    fits = fits and moments[i][name].shape == p.shape
+            for ours, theirs in zip(optimizer.param_groups, checkpoint[key]['param_groups'], strict=True):
+                groups.append({**ours, 'params': theirs['params']})
+                for i, p in zip(theirs['params'], ours['params'], strict=True):
+                    moments[i] = dict(checkpoint[key]['state'].get(i, {}))
+                    for name in {'exp_avg', 'exp_avg_sq', 'momentum_buffer'} & set(moments[i]):
+                        moments[i][name] = moments[i][name][:len(p)].clone()
+                        fits = fits and moments[i][name].shape == p.shape
         except (KeyError, TypeError, AttributeError, ValueError):
             fits = False
         if not fits:

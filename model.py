@@ -37,10 +37,7 @@ class GPTConfig:
     rotary: bool = False     # positions turn queries and keys (arXiv 2104.09864), there is no table of them
     rmsnorm: bool = False    # RMSNorm without gains (1910.07467), and once more after the embedding
     qk_norm: bool = False    # queries and keys are normalised, after the turn (2302.05442)
-    relu2: bool = False      # squared ReLU (2109.08668) in place of GELU
     untied: bool = False     # the head has a table of its own
-    softcap: float = 0.0     # logits are squeezed to between -softcap and softcap (2408.00118); 0: not
-    zero_init: bool = False  # what writes to the residual stream, and an untied head, begin at 0 (2203.03466)
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -54,8 +51,6 @@ class GPTConfig:
             raise ValueError(f"gelu={self.gelu!r} must be 'exact' or 'tanh'")
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(f'n_embd={self.n_embd} / n_head={self.n_head} must be even with rotary=True')
-        if not 0 <= self.softcap < math.inf:
-            raise ValueError(f'softcap={self.softcap} must be a number from 0')
 
 
 def rms_norm(x):
@@ -64,9 +59,8 @@ def rms_norm(x):
 
 
 def rotate(x, cos, sin):
-    """ Turns the pairs (i, i + hs/2) of x (B, T, ..., hs) by their positions' angles (T, ..., hs/2). """
-    a, b = x.chunk(2, dim=-1)                                                   # (B, T, ..., hs/2)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """ Turns the pairs (i, i + hs/2) of x (B, T, ..., hs) by the angles of their positions (T, ..., hs). """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Norm(nn.Module):
@@ -101,11 +95,11 @@ class CausalSelfAttention(nn.Module):
         on_cpu = x.device.type == 'cpu'  # where attention in 16 bits is slower, in the backward pass 3 times
         with torch.autocast('cpu', enabled=False) if on_cpu else nullcontext():
             qkv = qkv.float() if on_cpu else qkv
-            qk, v = qkv[:, :, :2], qkv[:, :, 2]
+            qk, v = qkv.split((2, 1), dim=2)
             qk = qk if rotation is None else rotate(qk, *rotation)
             q, k = (rms_norm(qk) if self.qk_norm else qk).unbind(2)             # (B, T, nh, hs)
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),        # (B, nh, T, hs)
+                q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2),  # (B, nh, T, hs)
                 is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C).type_as(x)                       # heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -118,13 +112,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate='none' if config.gelu == 'exact' else 'tanh')
-        self.relu2 = config.relu2
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)                                                        # (B, T, 4 C)
-        return self.dropout(self.c_proj(F.relu(x).square() if self.relu2 else self.gelu(x)))
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -168,15 +160,14 @@ class GPT(nn.Module):
             hs = config.n_embd // config.n_head
             speed = 10000 ** -(torch.arange(0, hs, 2) / hs)                     # (hs/2,) radians a position
             angle = torch.outer(torch.arange(config.block_size), speed)[:, None, None]
-            self.register_buffer('cos', angle.cos(), persistent=False)          # (block_size, 1, 1, hs/2)
-            self.register_buffer('sin', angle.sin(), persistent=False)
+            cos, sin = angle.cos(), angle.sin()                                 # (block_size, 1, 1, hs/2)
+            self.register_buffer('cos', torch.cat((cos, cos), -1), persistent=False)
+            self.register_buffer('sin', torch.cat((sin, -sin), -1), persistent=False)
 
         # GPT-2: normal with std 0.02; each block adds to the residual stream twice, so those two
         # projections are scaled down for the sum over all of them to keep its variance
         for name, p in self.named_parameters():
-            if config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
-                nn.init.zeros_(p)
-            elif name.endswith('c_proj.weight'):
+            if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif p.dim() >= 2:
                 nn.init.normal_(p, std=0.02)
@@ -194,18 +185,16 @@ class GPT(nn.Module):
             raise ValueError(f'{T} tokens are more than block_size={self.config.block_size}')
         x, rotation = self.transformer.wte(idx), None                           # (B, T, C)
         if self.config.rotary:
-            rotation = self.cos[:T], self.sin[:T]                               # (T, 1, 1, hs/2)
+            rotation = self.cos[:T], self.sin[:T]                               # (T, 1, 1, hs)
         else:
             x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
         x = self.transformer.drop(rms_norm(x) if self.config.rmsnorm else x)
         for block in self.transformer.h:
             x = block(x, rotation)
         x = self.transformer.ln_f(x)
-        logits = self.lm_head(x if targets is not None else x[:, -1:])          # (B, T or 1, vocab_size)
-        if self.config.softcap:
-            logits = self.config.softcap * torch.tanh(logits.float() / self.config.softcap)
         if targets is None:
-            return logits, None
+            return self.lm_head(x[:, -1:]), None                                # (B, 1, vocab_size)
+        logits = self.lm_head(x)                                                # (B, T, vocab_size)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def crop_block_size(self, block_size):
@@ -372,7 +361,9 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for p in params:
             grad = p.grad if self.found_inf is None else torch.where(ok > 0, p.grad, 0)
-            average = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+            if p not in self.state:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            average = self.state[p]['momentum_buffer']
             average.lerp_(grad, (1 - momentum) * ok)
             ahead = grad.lerp(average, momentum)
             directions.append((ahead if len(p) <= p.shape[1] else ahead.T).to(self.dtype))

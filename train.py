@@ -64,10 +64,7 @@ bias = False                  # in linear layers and layer norms; GPT-2 has them
 rotary = False                # positions turn queries and keys; there is no table of them
 rmsnorm = False               # RMSNorm without gains, and once more after the embedding
 qk_norm = False               # queries and keys are normalised
-relu2 = False                 # squared ReLU in place of GELU
 untied = False                # the head has a table of its own
-softcap = 0.0                 # logits are squeezed to between -softcap and softcap; 0: not
-zero_init = False             # what writes to the residual stream, and an untied head, begin at 0
 muon_lr = 0.0                 # highest rate of Muon, for the blocks' matrices; 0: AdamW for all
 cooldown_iters = 0            # constant, then a straight line to min_lr in so many; 0: half a cosine
 # AdamW
@@ -258,10 +255,7 @@ def estimate_loss():
 
 
 def get_lr(it):
-    """
-    Learning rate of iteration `it`: a linear rise, then half a cosine (arXiv 1608.03983), or a plateau and
-    a straight descent (2405.18392), then constant.
-    """
+    """ Learning rate: a rise; half a cosine (arXiv 1608.03983), or level and a line (2405.18392). """
     if not decay_lr:
         return learning_rate
     if it < warmup_iters:

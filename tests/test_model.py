@@ -236,7 +236,7 @@ def test_choosing_the_device():
 # -----------------------------------------------------------------------------
 # newer than GPT-2
 
-RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, relu2=True, untied=True)
+RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_the_recipe_is_a_nanochat_of_transformers(recipe):
     """ Logits and gradients, with the q, k and v that they keep apart. """
     theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
         vocab_size=40, hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, final_logit_softcapping=None, pad_token_id=None,
+        max_position_embeddings=16, final_logit_softcapping=None, pad_token_id=None, hidden_act='gelu',
         attn_implementation='eager')).eval()
     weights = {'model.embed_tokens.weight': recipe.transformer.wte.weight,
                'lm_head.weight': recipe.lm_head.weight}

@@ -10,7 +10,7 @@ from conftest import CLASSIC_MODEL_ARGS, SMALL, run, train
 import checkpoint as checkpoint_module
 from checkpoint import load_checkpoint
 
-RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, relu2=True, untied=True, muon_lr=0.02,
+RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02,
               cooldown_iters=10, dtype='bfloat16')
 
 
@@ -321,10 +321,9 @@ def test_fine_tuning_gpt2_keeps_its_gelu_in_a_key_of_its_own(tmp_path, dataset):
 
 def test_a_checkpoint_of_the_recipe_says_so_loudly(tmp_path, dataset):
     """ Readers of the seven classic model_args must not take it for a GPT-2; its AdamW stays classic. """
-    train(tmp_path, dataset, max_iters=12, **RECIPE, zero_init=True)
+    train(tmp_path, dataset, max_iters=12, **RECIPE)
     saved = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
-    assert set(saved['model_args']) - set(CLASSIC_MODEL_ARGS) == {
-        'rotary', 'rmsnorm', 'qk_norm', 'relu2', 'untied'}
+    assert set(saved['model_args']) - set(CLASSIC_MODEL_ARGS) == {'rotary', 'rmsnorm', 'qk_norm', 'untied'}
     assert 'transformer.wpe.weight' not in saved['model'] and 'lm_head.weight' in saved['model']
     moments = saved['optimizer']['state']
     assert {tuple(of) for of in moments.values()} == {('step', 'exp_avg', 'exp_avg_sq')}
