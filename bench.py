@@ -11,6 +11,7 @@ Settings are the variables below: set them with --key=value, or in a file named 
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import numpy as np
@@ -65,6 +66,7 @@ with one_line_errors():
 explain(config, ddp=False)
 device_type = device.partition(':')[0]
 rng = np.random.default_rng(seed)
+loader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype))
 noise = torch.from_numpy(rng.integers(vocab_size, size=(batch_size, block_size + 1))).to(device)
 
 
@@ -76,11 +78,11 @@ def get_batch(load=True):
         batch = torch.from_numpy(windows(data, starts, block_size))
         cuda = device_type == 'cuda'
         batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch.to(device)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    return batch[:, :-1], batch[:, 1:]                                          # (B, T)
 
 
 def make_step(dtype, compile, muon, load=True):
-    """ A fresh model -> a function that makes a step as train.py does -> its seconds, those of loading. """
+    """ A fresh model -> a function that makes a step as train.py does -> its seconds, those it waited. """
     torch.manual_seed(seed)
     model = GPT(gpt_config).to(device)
     optimizers = [model.configure_optimizers(1e-1, 1e-4, (0.9, 0.95), device_type, muon)]
@@ -89,21 +91,23 @@ def make_step(dtype, compile, muon, load=True):
     autocast = use_device(device, dtype)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     called = torch.compile(model) if compile else model
-    X, Y = get_batch(load)
+    upcoming = loader.submit(get_batch, load)
 
     def step():
-        nonlocal X, Y
+        nonlocal upcoming
         start = time.perf_counter()
+        X, Y = upcoming.result()
+        waited = time.perf_counter() - start
         with autocast:
             _, loss = called(X, Y)
         before = time.perf_counter()
-        X, Y = get_batch(load)
-        loading = time.perf_counter() - before
+        upcoming = loader.submit(get_batch, load)
+        waited += time.perf_counter() - before
         scaler.scale(loss).backward()
         clip_and_step(optimizers, scaler, model.parameters(), loss.detach(), grad_clip=1.0)
         if device_type != 'cpu':
             getattr(torch, device_type).synchronize()
-        return time.perf_counter() - start, loading
+        return time.perf_counter() - start, waited
     return step
 
 
@@ -154,14 +158,14 @@ for _ in range(timed):  # in turn: what else the machine does meets all of them
         times[name].append(step())
 
 medians = {name: statistics.median(seconds for seconds, _ in pairs) for name, pairs in times.items()}
-seconds, loading = zip(*times['this'])
+seconds, waited = zip(*times['this'])
 median = medians['this']
 mfu = model.estimate_mfu(batch_size, median, peak)
 print(f'time per iteration: {median * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
 print(f'  median of {timed}, from {min(seconds) * 1000:.4f} to {max(seconds) * 1000:.4f}ms')
 print(f'  {tokens / median:,.0f} tokens/s')
 print(f'  MFU against {peak / 1e12:.2f} TFLOP/s of {peak_source}')
-print(f'  loading the data: {sum(loading) / sum(seconds) * 100:.2f}% of the step')
+print(f'  waiting for data: {sum(waited) / sum(seconds) * 100:.2f}% of the step')
 for name in list(variants)[1:]:
     print(f'{name}: {medians[name] * 1000:.4f}ms, {medians[name] / median:.2f} times as long')
 if device_type == 'cuda':

@@ -12,12 +12,12 @@ import math
 import os
 import sys
 import time
-from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -109,10 +109,9 @@ with one_line_errors():
     check_train(config, device_type, ddp, world_size, local_world_size)
 explain(config, ddp)
 
-job, again = '', False
-if ddp:
-    device = f'cuda:{local_rank}' if device_type == 'cuda' else device
-    job, again = join_processes(backend, rank, world_size)
+if ddp and device_type == 'cuda':
+    device = f'cuda:{local_rank}'
+job, again = join_processes(backend, rank, world_size) if ddp else ('', False)
 autocast = use_device(device, dtype)
 
 # -----------------------------------------------------------------------------
@@ -138,7 +137,7 @@ with one_line_errors():
     data = {split: open_bin(dataset, split, block_size, vocab_size) for split in ('train', eval_split)}
 
     iter_num, best_val_loss = 0, math.inf
-    identity, resumed, source = {'run_id': uuid4().hex, 'job': job}, None, init_from
+    identity, resumed, source = {'run_id': os.urandom(16).hex(), 'job': job}, None, init_from
     torch.manual_seed(seed)  # the initial weights
     if init_from == 'scratch':
         names = {field.name for field in fields(GPTConfig)}
@@ -197,9 +196,10 @@ if ddp:
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
 
-def stream(*key):
-    """ The seed of one random choice: a function of the run's seed and of `key` alone. """
-    return np.random.SeedSequence((seed, *key))
+@lru_cache(1024)
+def draw(high, shape, *key):
+    """ Whole numbers from 0 to high - 1, a function of the run's seed and of `key` alone. """
+    return np.random.default_rng((seed, *key)).integers(high, size=shape)
 
 
 def count_windows(split):
@@ -209,25 +209,24 @@ def count_windows(split):
 
 def get_batch(split, index=0, it=None):
     """
-    Micro-batch `index` -> inputs, targets, int64 (B, T) on the device.
-
-    With `it` that of a training iteration; without, that of every evaluation: the same windows each
-    time. They start at random; with eval_iters=-1 they lie side by side, and the rows of the last batch
-    for which there are none left have targets -1, which count for nothing.
+    Micro-batch `index` of iteration `it`, or without it of every evaluation -> inputs, targets, int64 (B, T)
+    on the device. Windows start at random; with eval_iters=-1 those of an evaluation lie side by side, and
+    rows of the last batch for which there are none left have targets -1, which count for nothing.
     """
-    if it is None and eval_iters == -1:
-        number = index * batch_size + np.arange(batch_size)     # (B,)
+    last, beyond = len(data[split]) - block_size, None
+    if it is not None:  # of a hundred iterations at once: a generator takes longer to make than to use
+        starts = draw(last, (100, batch_size), 0, it // 100, index)[it % 100]  # (B,)
+    elif eval_iters != -1:
+        starts = draw(last, batch_size, 1, split != 'train', index)
+    else:
+        number = index * batch_size + np.arange(batch_size)
         beyond = number >= count_windows(split)
         starts = np.where(beyond, 0, number * block_size)
-    else:
-        key = (0, it, index) if it is not None else (1, split != 'train', index)
-        beyond = None
-        starts = np.random.default_rng(stream(*key)).integers(len(data[split]) - block_size, size=batch_size)
     batch = torch.from_numpy(windows(data[split], starts, block_size))  # (B, T + 1)
     batch = batch.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else batch.to(device)
-    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # (B, T)
+    x, y = batch[:, :-1], batch[:, 1:]                                  # (B, T)
     if beyond is not None:
-        y[torch.from_numpy(beyond).to(device)] = -1
+        y = y.masked_fill(torch.from_numpy(beyond)[:, None].to(device), -1)
     return x, y
 
 
@@ -296,10 +295,11 @@ def save(path):
 
 
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
-X, Y = get_batch('train', rank, iter_num)
+loader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype))  # has the next batch ready
+upcoming = loader.submit(get_batch, 'train', rank, iter_num)
 running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
-reports, bad_steps, stopping = deque(), 0, False
+reports, bad_steps, stopping = [], 0, False
 signals = Signals()  # from here on the iteration is finished first
 clock = time.perf_counter()
 
@@ -340,13 +340,14 @@ while True:
     for index in share:
         last = index + world_size >= gradient_accumulation_steps
         if dropout:
-            torch.manual_seed(int(stream(2, iter_num, index).generate_state(1, np.uint64)[0]))
+            torch.manual_seed(int(draw(2**63, 100, 2, iter_num // 100, index)[iter_num % 100]))
+        X, Y = upcoming.result()
         with nullcontext() if last or not ddp else model.no_sync():
             with autocast:
                 _, loss = model(X, Y)
                 loss = loss / gradient_accumulation_steps
             following = (rank, iter_num + 1) if last else (index + world_size, iter_num)
-            X, Y = get_batch('train', *following)  # while a GPU is still busy with this one
+            upcoming = loader.submit(get_batch, 'train', *following)
             scaler.scale(loss * world_size).backward()  # DDP takes the mean, here the sum is meant
         loss_sum += loss.detach()
     report = torch.stack((loss_sum, torch.full((), float(signals.number > 0), device=device)))
@@ -375,7 +376,7 @@ while True:
     # 6. what the iteration reported, on CUDA the one before: a signal to any process, numbers that went bad
     iter_num += 1
     if len(reports) > (device_type == 'cuda'):
-        it, report = reports.popleft()
+        it, report = reports.pop(0)
         lossf, signalled, normf = report()
         stopping = signalled > 0
         if math.isfinite(normf) or (  # or a float16 scaler is finding its scale
@@ -390,8 +391,7 @@ while True:
                      f'lower learning_rate={learning_rate}, or dtype=float32' if master_process else 1)
 
 if stopping:
-    say(f'stopped by {signals.name} at iteration {iter_num:,}; the same command with --init_from=resume '
-        'goes on')
+    say(f'stopped by {signals.name} at iteration {iter_num:,}; --init_from=resume goes on with it')
 elif iter_num == first_iter and not eval_only:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
 elif not eval_only:

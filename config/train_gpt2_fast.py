@@ -1,0 +1,31 @@
+# GPT-2's size (124M; 163M with a head of its own) on OpenWebText, with the recipe of the small models,
+# in a quarter of train_gpt2.py's iterations. Carried over: not run on a GPU yet, nothing is claimed for it.
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
+
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-124M-fast'
+
+# 12 sequences of 1024 tokens in 40 micro-batches are 491,520 tokens an iteration, on any number of GPUs
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+
+rotary = True
+rmsnorm = True
+qk_norm = True
+untied = True
+
+muon_lr = 0.02                  # of the blocks' matrices
+learning_rate = 3e-3            # of the two tables
+min_lr = 0.0
+warmup_iters = 250
+max_iters = 150000              # 74 billion tokens
+lr_decay_iters = 150000         # = max_iters
+cooldown_iters = 75000          # the second half
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+
+weight_decay = 1e-1
