@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
             qkv = qkv.float() if on_cpu else qkv
             qk, v = qkv.split((2, 1), dim=2)
             qk = qk if rotation is None else rotate(qk, *rotation)
-            q, k = (rms_norm(qk) if self.qk_norm else qk).unbind(2)             # (B, T, nh, hs)
+            q, k = (rms_norm(qk) if self.qk_norm else qk).type_as(v).unbind(2)  # (B, T, nh, hs)
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2),  # (B, nh, T, hs)
                 is_causal=True, dropout_p=self.dropout if self.training else 0.0)

@@ -1,8 +1,6 @@
 # A small model of the characters of The Adventures of Sherlock Holmes: minutes on one GPU. Prepare first:
 #   python data/holmes/prepare.py
-# On a CPU, a smaller one in a few minutes: add
-#   --eval_iters=20 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128
-#   --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
+# On a CPU, in seconds: config/train_shakespeare_char_cpu_fast.py --dataset=holmes --out_dir=out-holmes
 
 out_dir = 'out-holmes-char'
 eval_interval = 250             # often, because a model of this size soon overfits one book

@@ -1,7 +1,4 @@
-# A small model of Shakespeare's characters: minutes on one GPU.
-# On a CPU, a smaller one in a few minutes: add
-#   --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128
-#   --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
+# A small model of Shakespeare's characters: minutes on one GPU. On a CPU: train_shakespeare_char_cpu.py.
 
 out_dir = 'out-shakespeare-char'
 eval_interval = 250             # often, because a model of this size soon overfits this text

@@ -60,7 +60,7 @@ def ruins(tmp_path_factory, dataset):
     put('bomb.pt', {**good, 'config': Bomb()})
     put('list.pt', [1, 2])
     put('keys.pt', {'model': good['model']})
-    put('args.pt', {**good, 'model_args': {**good['model_args'], 'rotary': True}})
+    put('args.pt', {**good, 'model_args': {**good['model_args'], 'alibi': True}})
     put('head.pt', {**good, 'model_args': {**good['model_args'], 'n_head': 3}})
     put('width.pt', {**good, 'model_args': {**good['model_args'], 'n_embd': 32}})
     table = good['model']['lm_head.weight']
@@ -127,6 +127,9 @@ BAD = [  # script, arguments, exit code, part of the line
     # what is not there
     ('train.py', ['--device=cuda:7'], 1, 'device=cuda:7'),
     ('train.py', ['--device=gpu'], 1, "device='gpu'"),
+    ('train.py', ['--cooldown_iters=19', '--warmup_iters=2'], 1, 'cooldown_iters=19 and warmup_iters=2'),
+    ('train.py', ['--muon_lr=0.02', '--learning_rate=0.0', '--min_lr=0.0'], 1, 'muon_lr takes a learning'),
+    ('train.py', ['--muon_lr=0.02', '--init_from=resume'], 1, 'trained without Muon, and muon_lr'),
     ('train.py', ['--dtype=float8'], 1, "dtype='float8'"),
     ('train.py', ['--compile=maybe'], 1, "compile='maybe'"),
     ('train.py', ['--backend=mpi'], 1, "backend='mpi' on cpu cannot be"),
@@ -149,9 +152,9 @@ BAD = [  # script, arguments, exit code, part of the line
           ('short', 'short.pt is not a whole checkpoint'), ('empty', 'empty.pt is not a whole checkpoint'),
           ('text', 'text.pt is not a whole checkpoint'), ('bomb', 'it carries code (io.open'),
           ('list', 'holds a list'), ('keys', 'lacks model_args'),
-          ('args', 'does not know the model_args rotary'), ('head', 'must be a multiple of n_head=3'),
+          ('args', 'does not know the model_args alibi'), ('head', 'must be a multiple of n_head=3'),
           ('width', 'does not hold the model of its'), ('nan', 'lm_head.weight is not finite'),
-          ('tensor', 'lm_head.weight is (\'?\',), not')]),
+          ('tensor', 'parameter named "lm_head.weight", expected')]),
     *(('train.py', ['--init_from=resume', f'--out_dir={name}'], 1, part) for name, part in [
         ('no_optimizer', 'optimizer=None is not what'), ('odd_optimizer', 'or not AdamW'),
         ('odd_iter', "iter_num='x' is not what"), ('odd_config', 'config=3 is not what'),
@@ -174,6 +177,8 @@ BAD = [  # script, arguments, exit code, part of the line
     ('bench.py', ['--batch_size=0'], 1, 'batch_size=0'),
     ('bench.py', ['--n_embd=17', '--n_head=2'], 1, 'n_embd=17'),
     ('bench.py', ['--seed=-1'], 1, 'seed=-1'),
+    ('bench.py', ['--mode=fast'], 1, "mode='fast'"),
+    ('bench.py', ['--n_embd=15', '--n_head=5', '--rotary=True'], 1, 'n_embd=15 / n_head=5 must be even'),
     ('bench.py', ['--dtype=half'], 1, "dtype='half'"),
     ('bench.py', ['--dataset=big_ids'], 1, 'holds token 65535'),
 ]

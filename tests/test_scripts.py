@@ -110,11 +110,19 @@ def test_a_classic_checkpoint_whose_dataset_is_gone(tmp_path, dataset):
 def test_bench(tmp_path, dataset):
     out, _ = run('bench.py', cwd=tmp_path, dataset=dataset, n_layer=1, n_head=2, n_embd=16, block_size=16,
                  batch_size=2, profile=True, device='cpu')
-    for part in ('time per iteration: ', 'ms, MFU: ', 'tokens/s', 'peak memory', 'loading', 'median of 20',
+    for part in ('time per iteration: ', 'ms, MFU: ', 'tokens/s', 'peak memory', 'waiting', 'median of 20',
                  'MFU against'):
         assert part in out
     trace, = (tmp_path / 'bench_log').glob('*.json')
     assert json.loads(trace.read_text())['traceEvents']
+
+
+def test_bench_compares_in_turn(tmp_path, dataset):
+    out, _ = run('bench.py', cwd=tmp_path, dataset=dataset, n_layer=1, n_head=2, n_embd=16, block_size=16,
+                 batch_size=2, mode='compare', device='cpu', dtype='bfloat16', rotary=True, muon_lr=0.1)
+    for part in ('in float32: ', 'with AdamW: ', 'without loading: '):
+        ratio, = [line.split(', ')[1] for line in out.splitlines() if line.startswith(part)]
+        assert 0.05 < float(ratio.removesuffix(' times as long')) < 20
 
 
 def test_bench_without_the_dataset(tmp_path):
