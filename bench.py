@@ -3,7 +3,7 @@ How fast a training step is, and how far from the hardware's limit.
 
     python bench.py --batch_size=12 --block_size=1024
     python bench.py config/train_shakespeare_char_cpu_fast.py
-    python bench.py --mode=compare      ratios: number formats, optimizers, on a GPU also compile and loading
+    python bench.py --mode=compare      ratios: number formats, optimizers, loading, on a GPU also compile
     python bench.py --profile=True      and open ./bench_log/*.json in chrome://tracing or TensorBoard
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
@@ -40,7 +40,7 @@ real_data = True         # read windows of the dataset; False: the same random t
 dataset = 'openwebtext'  # folder under data/
 seed = 1337
 device = 'auto'          # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = 'auto'           # float32, bfloat16 or float16; auto: 16 bits on CUDA and where a CPU has bfloat16
+dtype = 'auto'           # float32, bfloat16 or float16; auto: 16 bits on CUDA and x86 with bfloat16
 compile = 'auto'         # True or False; auto: on CUDA
 profile = False          # leave a trace of five steps in ./bench_log
 # -----------------------------------------------------------------------------
@@ -67,7 +67,7 @@ explain(config, ddp=False)
 device_type = device.partition(':')[0]
 rng = np.random.default_rng(seed)
 loader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype))
-noise = torch.from_numpy(rng.integers(vocab_size, size=(batch_size, block_size + 1))).to(device)
+noise = torch.from_numpy(rng.integers(vocab_size, size=(batch_size, block_size + 1)))
 
 
 def get_batch(load=True):
@@ -76,12 +76,12 @@ def get_batch(load=True):
     if load and data is not None:
         starts = rng.integers(len(data) - block_size, size=batch_size)
         batch = torch.from_numpy(windows(data, starts, block_size))
-        cuda = device_type == 'cuda'
-        batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch.to(device)
-    return batch[:, :-1], batch[:, 1:]                                          # (B, T)
+        if device_type == 'cuda':
+            batch = batch.pin_memory().to(device, non_blocking=True)
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()                # (B, T)
 
 
-def make_step(dtype, compile, muon, load=True):
+def make_step(dtype, compile, muon, load):
     """ A fresh model -> a function that makes a step as train.py does -> its seconds, those it waited. """
     torch.manual_seed(seed)
     model = GPT(gpt_config).to(device)
@@ -96,7 +96,7 @@ def make_step(dtype, compile, muon, load=True):
     def step():
         nonlocal upcoming
         start = time.perf_counter()
-        X, Y = upcoming.result()
+        X, Y = (part.to(device) for part in upcoming.result())
         waited = time.perf_counter() - start
         with autocast:
             _, loss = called(X, Y)
@@ -119,15 +119,15 @@ flops = model.flops_per_token(block_size) * tokens
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
       f'{torch.get_num_threads()} threads; a step is {tokens:,} tokens, {flops / 1e12:.3f} TFLOP')
-this = dict(dtype=dtype, compile=compile, muon=muon_lr > 0)
+this = dict(dtype=dtype, compile=compile, muon=muon_lr > 0, load=True)
 variants = {'this': this}
 if mode == 'compare':
     others = {'in float32': {**this, 'dtype': 'float32'},
               'with AdamW' if muon_lr else 'with Muon': {**this, 'muon': not muon_lr},
               'without compile' if compile else 'with compile': {**this, 'compile': not compile},
-              'without loading': {**this, 'load': False}}
-    if device_type != 'cuda':  # compile takes minutes there, and gains nothing
-        del others['without compile' if compile else 'with compile']
+              'without loading': {**this, 'load': data is None}}
+    if device_type != 'cuda' and not compile:  # which takes long there
+        del others['with compile']
     variants.update({name: other for name, other in others.items() if other != this})
 warm_up, timed = 10, 20
 traced = 5 if profile else 0
@@ -168,7 +168,9 @@ print(f'  MFU against {peak / 1e12:.2f} TFLOP/s of {peak_source}')
 print(f'  waiting for data: {sum(waited) / sum(seconds) * 100:.2f}% of the step')
 for name in list(variants)[1:]:
     print(f'{name}: {medians[name] * 1000:.4f}ms, {medians[name] / median:.2f} times as long')
-if device_type == 'cuda':
+if mode == 'compare':
+    pass  # the memory would be that of all of them
+elif device_type == 'cuda':
     print(f'  peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU')
 elif os.name == 'posix':
     import resource

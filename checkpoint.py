@@ -24,6 +24,7 @@ from bins import check_disk, whole_file
 
 NEWER = ('rotary', 'rmsnorm', 'qk_norm', 'untied')  # who knows them not must stumble
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+MOMENTS = {'optimizer': {'step', 'exp_avg', 'exp_avg_sq'}, 'muon': {'momentum_buffer'}}
 
 
 def plain(value):
@@ -124,8 +125,7 @@ def load_weights(model, checkpoint, path):
 def load_optimizers(optimizers, checkpoint, path):
     """
     Puts the checkpoint's moments and step counts into fresh optimizers (AdamW, perhaps Muon) that keep their
-    own settings. The moments of a table lose the rows that it lost to crop_block_size. Raises ValueError
-    where there are none, or another model's (a fused AdamW would not notice).
+    own settings; a table's lose the rows that it lost to crop_block_size. Raises ValueError where none fit.
     """
     if missing := [key for key in ('optimizer', 'iter_num') if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}; --init_from={path} takes its weights alone')
@@ -139,12 +139,12 @@ def load_optimizers(optimizers, checkpoint, path):
                 groups.append({**ours, 'params': theirs['params']})
                 for i, p in zip(theirs['params'], ours['params'], strict=True):
                     moments[i] = dict(checkpoint[key]['state'].get(i, {}))
-                    for name in {'exp_avg', 'exp_avg_sq', 'momentum_buffer'} & set(moments[i]):
+                    fits = fits and set(moments[i]) in (set(), MOMENTS[key])
+                    for name in MOMENTS[key] & set(moments[i]) - {'step'}:
                         moments[i][name] = moments[i][name][:len(p)].clone()
                         fits = fits and moments[i][name].shape == p.shape
         except (KeyError, TypeError, AttributeError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f'{path}: its {key} is of a model with other parameters, or not '
-                             + ('AdamW' if key == 'optimizer' else 'Muon'))
+            raise ValueError(f'{path}: its {key} is of a model with other parameters, or of another kind')
         optimizer.load_state_dict({'state': moments, 'param_groups': groups})

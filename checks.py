@@ -44,7 +44,7 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
          f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}; usual is a tenth of it'),
         (s.decay_lr and s.cooldown_iters and s.warmup_iters + s.cooldown_iters > s.lr_decay_iters,
          f'cooldown_iters={s.cooldown_iters} and warmup_iters={s.warmup_iters} are more than '
-         f'lr_decay_iters={s.lr_decay_iters}'),
+         f'lr_decay_iters={s.lr_decay_iters}; lower cooldown_iters'),
         (s.muon_lr and not s.learning_rate, 'muon_lr takes a learning_rate above 0, for what is no matrix'),
         (min(s.batch_size, s.block_size) < 1,
          f'batch_size={s.batch_size} and block_size={s.block_size} must be at least 1'),

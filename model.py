@@ -4,8 +4,7 @@ The GPT: its definition, its weights from GPT-2, its optimizer and its generatio
 Papers: GPT-2, Radford and others 2019; the attention, arXiv 1706.03762; GELU, arXiv 1606.08415;
 AdamW, arXiv 1711.05101; counting FLOPs, PaLM, arXiv 2204.02311, appendix B.
 
-Not here: data, checkpoints, the device, and the loop that trains (bins.py, checkpoint.py, machine.py,
-train.py).
+Not here: data, checkpoints, the device, the training loop (bins.py, checkpoint.py, machine.py, train.py).
 """
 import logging
 import math
@@ -92,7 +91,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rotation=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B, T, 3, nh, hs)
-        on_cpu = x.device.type == 'cpu'  # where attention in 16 bits is slower, in the backward pass 3 times
+        on_cpu, dtype = x.device.type == 'cpu', qkv.dtype  # where attention in 16 bits is the slower one
         with torch.autocast('cpu', enabled=False) if on_cpu else nullcontext():
             qkv = qkv.float() if on_cpu else qkv
             qk, v = qkv.split((2, 1), dim=2)
@@ -101,7 +100,7 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2),  # (B, nh, T, hs)
                 is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C).type_as(x)                       # heads side by side
+        y = y.transpose(1, 2).reshape(B, T, C).to(dtype)                        # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -286,9 +285,9 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def configure_muon(self, lr, weight_decay, dtype='bfloat16'):
-        """ Muon for the matrices of the blocks, in bfloat16 unless the run is in float32. """
-        matrices = [p for p in self.transformer.h.parameters() if p.dim() == 2]
-        return Muon(matrices, lr, weight_decay, dtype=torch.float32 if dtype == 'float32' else torch.bfloat16)
+        """ Muon for the matrices of the blocks, in bfloat16 where the run is, else in float32. """
+        params = [p for p in self.transformer.h.parameters() if p.dim() == 2]
+        return Muon(params, lr, weight_decay, dtype=torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
 
     def flops_per_token(self, T):
         """ FLOPs of forward and backward for one token among T: 6 N + 12 L H Q T. """
@@ -336,15 +335,14 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix is its momentum (Nesterov's) with every singular value brought close to 1, by a
     polynomial applied five times (Jordan and others 2024, kellerjordan.github.io/posts/muon). It is that of
     torch.optim.Muon; here all matrices of a size go through the products together, in `dtype`, and an
-    update is left out where `found_inf` is set, as fused AdamW does. Raises ValueError for other tensors.
+    update is left out where `found_inf` is set, as fused AdamW does.
     """
     found_inf = None  # a tensor: 1.0 where the gradients are not finite
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
-        if any(p.dim() != 2 for group in self.param_groups for p in group['params']):
-            raise ValueError('Muon is for matrices')
+        assert all(p.dim() == 2 for group in self.param_groups for p in group['params']), 'not a matrix'
 
     @torch.no_grad()
     def step(self):

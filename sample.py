@@ -29,7 +29,7 @@ temperature = 0.8      # below 1.0: likely tokens more often; above: less often
 top_k = 200            # draw among so many of the likeliest tokens; 0: among all
 seed = 1337
 device = 'auto'        # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = 'auto'         # float32, bfloat16 or float16; auto: 16 bits on CUDA and where a CPU has bfloat16
+dtype = 'auto'         # float32, bfloat16 or float16; auto: 16 bits on CUDA and x86 with bfloat16
 compile = False        # torch.compile: minutes at first, then faster
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())

@@ -82,7 +82,7 @@ min_lr = 6e-5                 # usually learning_rate / 10; Muon's is in proport
 # the system
 backend = 'auto'              # of several processes: nccl or gloo; auto: nccl on CUDA
 device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits on CUDA and where a CPU has bfloat16
+dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits on CUDA and x86 with bfloat16
 compile = 'auto'              # True or False; auto: on CUDA
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -92,12 +92,7 @@ ddp = 'RANK' in os.environ
 rank, local_rank = (int(os.environ.get(key, 0)) for key in ('RANK', 'LOCAL_RANK'))
 world_size, local_world_size = (int(os.environ.get(key, 1)) for key in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
 master_process = rank == 0  # the one that prints, saves and logs
-
-
-def say(message):
-    if master_process:
-        print(message, flush=True)
-
+say = lambda message: print(message, flush=True) if master_process else None
 
 # what can be wrong with the settings alone
 with one_line_errors():
@@ -191,12 +186,12 @@ say(f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}')
 model = torch.compile(raw_model) if compile else raw_model
 bare_model = model  # without DDP around it: what is evaluated
 if ddp:
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
+    model = DDP(model, [local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
 
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
 
-@lru_cache(1024)
+@lru_cache(128)
 def draw(high, shape, *key):
     """ Whole numbers from 0 to high - 1, a function of the run's seed and of `key` alone. """
     return np.random.default_rng((seed, *key)).integers(high, size=shape)
@@ -207,7 +202,7 @@ def count_windows(split):
     return min((len(data[name]) - 1) // block_size for name in (eval_split, split))
 
 
-def get_batch(split, index=0, it=None):
+def get_batch(split, index=0, it=None, device=device):
     """
     Micro-batch `index` of iteration `it`, or without it of every evaluation -> inputs, targets, int64 (B, T)
     on the device. Windows start at random; with eval_iters=-1 those of an evaluation lie side by side, and
@@ -224,9 +219,9 @@ def get_batch(split, index=0, it=None):
         starts = np.where(beyond, 0, number * block_size)
     batch = torch.from_numpy(windows(data[split], starts, block_size))  # (B, T + 1)
     batch = batch.pin_memory().to(device, non_blocking=True) if device_type == 'cuda' else batch.to(device)
-    x, y = batch[:, :-1], batch[:, 1:]                                  # (B, T)
+    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # (B, T)
     if beyond is not None:
-        y = y.masked_fill(torch.from_numpy(beyond)[:, None].to(device), -1)
+        y[torch.from_numpy(beyond).to(device)] = -1
     return x, y
 
 
@@ -296,7 +291,8 @@ def save(path):
 
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
 loader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype))  # has the next batch ready
-upcoming = loader.submit(get_batch, 'train', rank, iter_num)
+loaded = device if device_type == 'cuda' else 'cpu'  # an Apple GPU is for one thread
+upcoming = loader.submit(get_batch, 'train', rank, iter_num, loaded)
 running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
 reports, bad_steps, stopping = [], 0, False
@@ -341,13 +337,13 @@ while True:
         last = index + world_size >= gradient_accumulation_steps
         if dropout:
             torch.manual_seed(int(draw(2**63, 100, 2, iter_num // 100, index)[iter_num % 100]))
-        X, Y = upcoming.result()
+        X, Y = (part.to(device) for part in upcoming.result())
         with nullcontext() if last or not ddp else model.no_sync():
             with autocast:
                 _, loss = model(X, Y)
                 loss = loss / gradient_accumulation_steps
             following = (rank, iter_num + 1) if last else (index + world_size, iter_num)
-            upcoming = loader.submit(get_batch, 'train', *following)
+            upcoming = loader.submit(get_batch, 'train', *following, loaded)
             scaler.scale(loss * world_size).backward()  # DDP takes the mean, here the sum is meant
         loss_sum += loss.detach()
     report = torch.stack((loss_sum, torch.full((), float(signals.number > 0), device=device)))

@@ -1,6 +1,8 @@
-# GPT-2's size (124M; 163M with a head of its own) on OpenWebText, with the recipe of the small models,
+# GPT-2's size (124M; 162M with a head of its own) on OpenWebText, with the recipe of the small models,
 # in a quarter of train_gpt2.py's iterations. Carried over: not run on a GPU yet, nothing is claimed for it.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
+
+out_dir = 'out-gpt2-fast'
 
 wandb_log = True
 wandb_project = 'owt'

@@ -156,7 +156,7 @@ BAD = [  # script, arguments, exit code, part of the line
           ('width', 'does not hold the model of its'), ('nan', 'lm_head.weight is not finite'),
           ('tensor', 'parameter named "lm_head.weight", expected')]),
     *(('train.py', ['--init_from=resume', f'--out_dir={name}'], 1, part) for name, part in [
-        ('no_optimizer', 'optimizer=None is not what'), ('odd_optimizer', 'or not AdamW'),
+        ('no_optimizer', 'optimizer=None is not what'), ('odd_optimizer', 'or of another kind'),
         ('odd_iter', "iter_num='x' is not what"), ('odd_config', 'config=3 is not what'),
         ('odd_scaler', 'scaler=[3] is not what'), ('odd_loss', "best_val_loss='low' is not what")]),
     ('train.py', ['--init_from=resume', '--dataset=other'], 1, 'another vocabulary'),

@@ -129,6 +129,11 @@ def test_the_optimizer_of_another_model_is_refused(saved, tmp_path):
         other = GPT(GPTConfig(**args)).configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
         with pytest.raises(ValueError, match='other parameters'):
             load_optimizers([other], state, path)
+    same = GPT(GPTConfig(**state['model_args'])).configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    for moments in state['optimizer']['state'].values():
+        moments['momentum_buffer'] = moments.pop('exp_avg')  # that of SGD
+    with pytest.raises(ValueError, match='another kind'):
+        load_optimizers([same], state, path)
 
 
 def test_a_wrapper_is_not_saved(saved, tmp_path):

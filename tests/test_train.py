@@ -63,8 +63,12 @@ def test_a_batch_is_a_function_of_seed_iteration_and_index(trainer):
     before = torch.get_rng_state()
     assert torch.equal(get_batch('train', 3, 7)[0], x)
     assert torch.equal(torch.get_rng_state(), before)  # dropout's generator is left alone
-    for other in (('train', 2, 7), ('train', 3, 8), ('train', 3), ('val', 3, 7)):
+    for other in (('train', 2, 7), ('train', 3, 8), ('train', 3, 107), ('train', 3), ('val', 3, 7)):
         assert not torch.equal(get_batch(*other)[0], x)
+    starts = np.random.default_rng((1337, 0, 1, 3)).integers(6000 - 16, size=(100, 4))[7]
+    ids = names['data']['train']
+    assert get_batch('train', 3, 107)[1].tolist() == [ids[start + 1:start + 17].tolist() for start in starts]
+    assert x.is_contiguous() and y.is_contiguous()
     names['seed'] = 1
     names['draw'].cache_clear()
     assert not torch.equal(get_batch('train', 3, 7)[0], x)
@@ -168,7 +172,7 @@ def test_eval_only_writes_nothing(tmp_path, dataset):
 
 
 @pytest.mark.parametrize('extra', [
-    dict(dropout=0.2, gradient_accumulation_steps=3), dict(dtype='float16', dropout=0.1), RECIPE],
+    dict(dropout=0.2, gradient_accumulation_steps=3), {**RECIPE, 'dtype': 'float16', 'dropout': 0.1}, RECIPE],
     ids=['float32', 'float16', 'recipe'])
 def test_resume_equals_no_interruption_bit_for_bit(tmp_path, dataset, extra):
     whole, _, _ = train(tmp_path, dataset, out_dir='whole', **extra)
@@ -230,12 +234,12 @@ def test_the_optimizer_steps_with_the_rate_of_its_iteration(trainer):
 
 
 def test_dropout_is_on_after_an_evaluation_and_a_function_of_iteration_and_micro_batch(trainer):
-    names = trainer(max_iters=2, dropout=0.5, gradient_accumulation_steps=2, decay_lr=False,
-                    learning_rate=0.0)
+    names = trainer(max_iters=102, dropout=0.5, gradient_accumulation_steps=2, decay_lr=False,
+                    learning_rate=0.0, eval_interval=101)
     model, expected = names['raw_model'], 0.0
     for index in range(2):
-        torch.manual_seed(int(np.random.default_rng((1337, 2, 0, index)).integers(2**63, size=100)[1]))
-        expected += model(*names['get_batch']('train', index, 1))[1].item() / 2
+        torch.manual_seed(int(np.random.default_rng((1337, 2, 1, index)).integers(2**63, size=100)[1]))
+        expected += model(*names['get_batch']('train', index, 101))[1].item() / 2
     assert model.training and names['lossf'] == pytest.approx(expected, abs=1e-6)
     names['estimate_loss']()
     assert model.training
