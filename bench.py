@@ -71,7 +71,7 @@ noise = torch.from_numpy(rng.integers(vocab_size, size=(batch_size, block_size +
 
 
 def get_batch(load=True):
-    """ The next batch, of the data where there are some -> inputs, targets, int64 (B, T) on the device. """
+    """ The next batch -> inputs, targets, int64 (B, T); of data, where the device is CUDA, on it already. """
     batch = noise                                                               # (B, T + 1)
     if load and data is not None:
         starts = rng.integers(len(data) - block_size, size=batch_size)
@@ -112,7 +112,8 @@ def make_step(dtype, compile, muon, load):
 
 
 # say what will be measured, and how long it will take where that is long
-model = GPT(gpt_config)
+with torch.device('meta'):
+    model = GPT(gpt_config)  # to be counted: without memory
 peak, peak_source = peak_flops(device_type, dtype)
 tokens = batch_size * block_size
 flops = model.flops_per_token(block_size) * tokens
