@@ -20,7 +20,8 @@ import torch
 from bins import load_meta, one_line_errors, open_bin, windows
 from checks import check_bench
 from machine import choose_device, explain, peak_flops, use_device
-from model import GPT, GPTConfig, clip_and_step
+from model import GPT, GPTConfig
+from update import clip_and_step
 
 # -----------------------------------------------------------------------------
 mode = 'step'            # step: this one; compare: what each choice brings, measured in turn

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from bins import largest_id
+from machine import has_fbgemm
 
 
 def _raise_first(rules):
@@ -74,9 +75,21 @@ def check_sample(settings):
     """ The rules for sample.py. """
     s = SimpleNamespace(**settings)
     _raise_first([
-        (not 0 < s.temperature < float('inf'), f'temperature={s.temperature} must be above 0'),
+        (not 0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0'),
         *((settings[name] < 0, f'{name}={settings[name]} must not be negative')
           for name in ('num_samples', 'max_new_tokens', 'top_k')),
+        (not 0 < s.top_p <= 1, f'top_p={s.top_p} must be above 0 and at most 1, where it is off'),
+        (not 0 <= s.min_p <= 1, f'min_p={s.min_p} must be from 0, where it is off, to 1'),
+        (not 0 < s.repetition_penalty < float('inf'),
+         f'repetition_penalty={s.repetition_penalty} must be above 0; 1.0 is off'),
+        (s.past_block not in ('exact', 'half', 'roll'),
+         f"past_block={s.past_block!r} must be 'exact', 'half' or 'roll'"),
+        (s.quantize not in ('', 'int8'), f"quantize={s.quantize!r} must be 'int8', or '' for none"),
+        (s.quantize and not has_fbgemm(s.device),
+         f"quantize='int8' on {s.device} has no kernel here; an x86 CPU has one"),
+        (s.interactive and s.start == '-', 'interactive=True asks for prompts itself, without --start=-'),
+        (s.out and not os.path.isdir(os.path.dirname(s.out) or '.'),
+         f'out={s.out}: there is no folder {os.path.dirname(s.out)}'),
         *_of_all(s),
     ])
 

@@ -25,9 +25,15 @@ GPU_PEAKS = {
 }
 
 
-def choose_device(device='auto', dtype='auto', compile='auto'):
+def has_fbgemm(device_type):
+    """ Whether a product with float16 or int8 weights has a kernel that multiplies them as they are read. """
+    return device_type == 'cpu' and 'fbgemm' in torch.backends.quantized.supported_engines
+
+
+def choose_device(device='auto', dtype='auto', compile='auto', training=True):
     """
-    Puts what this machine is best at in the place of each 'auto' -> device, dtype, compile.
+    Puts what this machine is best at in the place of each 'auto' -> device, dtype, compile. Without
+    `training`, the dtype for weights that are only read.
     Raises ValueError for a device that is not there, and for words that it does not know.
     """
     if device == 'auto':
@@ -45,7 +51,8 @@ def choose_device(device='auto', dtype='auto', compile='auto'):
             dtype = 'bfloat16' if native else 'float16'
         else:
             has = torch.cpu.get_capabilities() if kind == 'cpu' else {}
-            dtype = 'bfloat16' if has.get('avx512_bf16') or has.get('amx_bf16') else 'float32'
+            dtype = ('float16' if has_fbgemm(kind) and not training else
+                     'bfloat16' if has.get('avx512_bf16') or has.get('amx_bf16') else 'float32')
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
     if compile not in ('auto', True, False):
@@ -75,6 +82,17 @@ def fetch(values):
     copy.copy_(values, non_blocking=True)
     there.record()
     return lambda: there.synchronize() or copy.tolist()
+
+
+def free_memory(device_type):
+    """ Bytes that are free on the device; a guess where the system does not say. """
+    if device_type == 'cuda':
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open('/proc/meminfo') as f:
+            return 1024 * int(re.search(r'MemAvailable: *(\d+) kB', f.read())[1])
+    except (OSError, TypeError):
+        return 4 * 2**30
 
 
 @cache

@@ -4,12 +4,12 @@ The GPT: its definition, its weights from GPT-2, its optimizer and its generatio
 Papers: GPT-2, Radford and others 2019; the attention, arXiv 1706.03762; GELU, arXiv 1606.08415;
 AdamW, arXiv 1711.05101; counting FLOPs, PaLM, arXiv 2204.02311, appendix B.
 
-Not here: data, checkpoints, the device, the training loop (bins.py, checkpoint.py, machine.py, train.py).
+Not here: data, checkpoints, the device, the update, the training loop (bins.py, checkpoint.py, machine.py,
+update.py, train.py).
 """
 import logging
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,13 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
+def rotations(n, hs):
+    """ cos and sin of the angles of n positions: each (n, 1, 1, hs), for rotate(). """
+    speed = 10000 ** -(torch.arange(0, hs, 2) / hs)                             # (hs/2,) radians a position
+    angle = torch.outer(torch.arange(n), speed)[:, None, None]                  # (n, 1, 1, hs/2)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((angle.sin(), -angle.sin()), -1)
+
+
 class Norm(nn.Module):
     """ LayerNorm (arXiv 1607.06450) with or without a bias, or RMSNorm: (..., n_embd) -> the same. """
 
@@ -76,8 +83,40 @@ class Norm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
 
 
+class KVCache:
+    """ The keys and values that a layer has computed, of the last `size` tokens: each (B, nh, size, hs). """
+
+    def __init__(self, size):
+        self.size, self.length = size, 0  # room; tokens written so far, those overwritten too
+
+    def extend(self, k, v):
+        """ Writes k and v (B, nh, T, hs), over the oldest where it is full -> all of them, in any order. """
+        if not self.length:
+            self.k, self.v = (part.new_empty(*part.shape[:2], self.size, part.shape[3]) for part in (k, v))
+        at = self.length % self.size
+        self.length += k.shape[2]
+        self.k[:, :, at:at + k.shape[2]], self.v[:, :, at:at + k.shape[2]] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+    def repeat(self, B):
+        """ What was read once was read by B samples. """
+        self.k, self.v = (part.expand(B, -1, -1, -1).contiguous() for part in (self.k, self.v))
+
+
+def padding_mask(positions, pad, size):
+    """ The keys that tokens at `positions` (T,) read; rows begin with `pad` (B,) -> (B, 1, T, all). """
+    end = int(positions[-1]) + 1
+    keys = torch.arange(max(0, end - size), end, device=pad.device)         # (all,) oldest first
+    keys = keys.roll(end % size) if end > size else keys                    # as they lie in a full cache
+    mask = (keys >= pad[:, None, None]) & (keys <= positions[:, None])      # (B, T, all)
+    return (mask | (keys == positions[:, None]))[:, None]  # padding reads itself: no softmax of nothing
+
+
 class CausalSelfAttention(nn.Module):
-    """ Every position reads from itself and those before it: (B, T, C) -> (B, T, C). """
+    """
+    Every position reads from itself and those before it, those in a KVCache too: (B, T, C) -> (B, T, C),
+    or (B, 1, C), the last one alone, with `last`. `mask` (B, 1, T or 1, all) is False for padding.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -88,20 +127,30 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation=None):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)       # (B, T, 3, nh, hs)
-        on_cpu, dtype = x.device.type == 'cpu', qkv.dtype  # where attention in 16 bits is the slower one
-        with torch.autocast('cpu', enabled=False) if on_cpu else nullcontext():
-            qkv = qkv.float() if on_cpu else qkv
-            qk, v = qkv.split((2, 1), dim=2)
-            qk = qk if rotation is None else rotate(qk, *rotation)
-            q, k = (rms_norm(qk) if self.qk_norm else qk).type_as(v).unbind(2)  # (B, T, nh, hs)
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2),  # (B, nh, T, hs)
-                is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C).to(dtype)                        # heads side by side
+    def forward(self, x, rotation=None, cache=None, mask=None, last=False):
+        qkv = self.c_attn(x)                                                    # (B, T, 3 C)
+        if x.device.type == 'cpu' and qkv.dtype != torch.float32:  # attention in 16 bits is the slower one
+            with torch.autocast('cpu', enabled=False):
+                y = self.attend(qkv.float(), rotation, cache, mask, last).to(qkv.dtype)
+        else:
+            y = self.attend(qkv, rotation, cache, mask, last)
         return self.resid_dropout(self.c_proj(y))
+
+    def attend(self, qkv, rotation, cache, mask, last):
+        """ The values that each position asks for, heads side by side: (B, T, 3 C) -> (B, T, C). """
+        B, T, C = qkv.shape
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head // 3)             # (B, T, 3, nh, hs)
+        q, k, v = qkv.unbind(2)                                                 # (B, T, nh, hs)
+        if rotation is not None or self.qk_norm:
+            qk = qkv[:, :, :2] if rotation is None else rotate(qkv[:, :, :2], *rotation)
+            q, k = (rms_norm(qk) if self.qk_norm else qk).type_as(v).unbind(2)
+        q = q[:, -1:] if last else q
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return y.transpose(1, 2).reshape(B, -1, C // 3)
 
 
 class MLP(nn.Module):
@@ -128,8 +177,9 @@ class Block(nn.Module):
         self.ln_2 = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotation=None):
-        x = x + self.attn(self.ln_1(x), rotation)
+    def forward(self, x, rotation=None, cache=None, mask=None, last=False):
+        y = self.attn(self.ln_1(x), rotation, cache, mask, last)
+        x = (x[:, -1:] if last else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -140,6 +190,10 @@ class GPT(nn.Module):
 
     with idx and targets int64 (B, T), T at most block_size. The loss is the mean cross-entropy in nats
     over the targets that are not -1. Raises ValueError for more than block_size tokens.
+
+    For generation, model(idx, cache=model.new_cache(size)) also keeps the keys and values of idx; the next
+    call with that cache takes one token more for each row, and returns what the whole would have. Rows of
+    different lengths begin with `pad` (B,) tokens that nothing reads.
     """
 
     def __init__(self, config):
@@ -156,12 +210,9 @@ class GPT(nn.Module):
         if not config.untied:
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
         if config.rotary:
-            hs = config.n_embd // config.n_head
-            speed = 10000 ** -(torch.arange(0, hs, 2) / hs)                     # (hs/2,) radians a position
-            angle = torch.outer(torch.arange(config.block_size), speed)[:, None, None]
-            cos, sin = angle.cos(), angle.sin()                                 # (block_size, 1, 1, hs/2)
-            self.register_buffer('cos', torch.cat((cos, cos), -1), persistent=False)
-            self.register_buffer('sin', torch.cat((sin, -sin), -1), persistent=False)
+            cos, sin = rotations(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
 
         # GPT-2: normal with std 0.02; each block adds to the residual stream twice, so those two
         # projections are scaled down for the sum over all of them to keep its variance
@@ -178,22 +229,30 @@ class GPT(nn.Module):
         return sum(p.numel() for name, p in self.named_parameters()
                    if not (non_embedding and name == 'transformer.wpe.weight'))
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None, pad=None):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens are more than block_size={self.config.block_size}')
+        before = cache[0].length if cache else 0
+        assert T == 1 or not before, 'a cache that is not empty takes one token at a time'
+        positions = torch.arange(before, before + T, device=idx.device)         # (T,)
+        mask = None
+        if pad is not None:
+            mask = padding_mask(positions, pad, cache[0].size if cache else T)
+            positions = (positions - pad[:, None]).clamp(min=0)                 # (B, T)
         x, rotation = self.transformer.wte(idx), None                           # (B, T, C)
         if self.config.rotary:
-            rotation = self.cos[:T], self.sin[:T]                               # (T, 1, 1, hs)
+            rotation = self.cos[positions], self.sin[positions]                 # ([B,] T, 1, 1, hs)
         else:
-            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+            x = x + self.transformer.wpe(positions)
         x = self.transformer.drop(rms_norm(x) if self.config.rmsnorm else x)
-        for block in self.transformer.h:
-            x = block(x, rotation)
-        x = self.transformer.ln_f(x)
+        for i, block in enumerate(self.transformer.h):
+            last = targets is None and i == self.config.n_layer - 1  # one position is all that is asked
+            mask = mask[:, :, -1:] if last and mask is not None else mask
+            x = block(x, rotation, cache and cache[i], mask, last)
+        logits = self.lm_head(self.transformer.ln_f(x))                         # (B, T or 1, vocab_size)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None                                # (B, 1, vocab_size)
-        logits = self.lm_head(x)                                                # (B, T, vocab_size)
+            return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def crop_block_size(self, block_size):
@@ -286,6 +345,7 @@ class GPT(nn.Module):
 
     def configure_muon(self, lr, weight_decay, dtype='bfloat16'):
         """ Muon for the matrices of the blocks, in bfloat16 where the run is, else in float32. """
+        from update import Muon
         params = [p for p in self.transformer.h.parameters() if p.dim() == 2]
         return Muon(params, lr, weight_decay, dtype=torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
 
@@ -310,91 +370,16 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # generation
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None):
-        """
-        Appends `max_new_tokens` draws to idx (B, T) -> (B, T + max_new_tokens). Only the last
-        block_size tokens are read. Logits are divided by `temperature`; of them the `top_k` largest
-        remain (None or 0: all), and of the ids only those below `vocab_size` (None: all).
-        """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])                  # (B, 1, vocab_size)
-            logits = logits[:, -1, :vocab_size].float() / temperature           # (B, vocab_size)
-            if top_k:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            drawn = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)  # (B, 1)
-            idx = torch.cat((idx, drawn), dim=1)
-        return idx
-
-# -----------------------------------------------------------------------------
-# the update
-
-class Muon(torch.optim.Optimizer):
-    """
-    The update of a matrix is its momentum (Nesterov's) with every singular value brought close to 1, by a
-    polynomial applied five times (Jordan and others 2024, kellerjordan.github.io/posts/muon). It is that of
-    torch.optim.Muon; here all matrices of a size go through the products together, in `dtype`, and an
-    update is left out where `found_inf` is set, as fused AdamW does.
-    """
-    found_inf = None  # a tensor: 1.0 where the gradients are not finite
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
-        assert all(p.dim() == 2 for group in self.param_groups for p in group['params']), 'not a matrix'
+    def new_cache(self, size):
+        """ An empty cache for `size` tokens. """
+        return [KVCache(size) for _ in self.transformer.h]
 
     @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            sizes = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    sizes.setdefault((min(p.shape), max(p.shape)), []).append(p)
-            for params in sizes.values():
-                self.update(params, **{key: group[key] for key in ('lr', 'weight_decay', 'momentum')})
-
-    def update(self, params, lr, weight_decay, momentum):
-        ok = 1 if self.found_inf is None else 1 - self.found_inf
-        directions = []
-        for p in params:
-            grad = p.grad if self.found_inf is None else torch.where(ok > 0, p.grad, 0)
-            if p not in self.state:
-                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-            average = self.state[p]['momentum_buffer']
-            average.lerp_(grad, (1 - momentum) * ok)
-            ahead = grad.lerp(average, momentum)
-            directions.append((ahead if len(p) <= p.shape[1] else ahead.T).to(self.dtype))
-        X = torch.stack(directions)                                             # (n, r, c) with r <= c
-        X /= X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-        for _ in range(5):
-            A = X @ X.mT                                                        # (n, r, r)
-            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-        for p, x in zip(params, X):
-            x = x if len(p) <= p.shape[1] else x.T
-            p.mul_(1 - lr * weight_decay * ok)
-            p.sub_(x * (lr * max(1, len(p) / p.shape[1]) ** 0.5 * ok))  # taller ones take larger updates
-
-
-def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
-    """
-    Clips the gradients to the norm `grad_clip` (0: not), updates, forgets them -> their norm, a tensor.
-    Where that or `loss`, a tensor, is not finite, no optimizer updates: the device decides, nobody waits.
-    """
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    parameters = [p for p in parameters if p.grad is not None]
-    min(parameters, key=torch.numel).grad += 0 * loss  # nan where the loss is not finite
-    norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
-            torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-    finite = torch.isfinite(norm)
-    if norm.device.type != 'mps':  # whose fused AdamW does not look at it
-        for optimizer in optimizers:
-            optimizer.found_inf = (~finite).float()
-    if norm.device.type != 'mps' or finite:
-        for optimizer in optimizers:
-            optimizer.step()
-    for p in parameters:
-        p.grad = None
-    scaler.update()
-    return norm
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, **options):
+        """
+        Appends `max_new_tokens` draws to idx (B, T) -> (B, T + max_new_tokens), of which the last block_size
+        tokens are read each time. `options` are those of decode.next_tokens, which yields one by one.
+        """
+        from decode import next_tokens
+        drawn = next_tokens(self, idx, max_new_tokens, temperature, top_k, vocab_size, **options)
+        return torch.cat((idx, *(tokens[:, None] for tokens in drawn)), dim=1)

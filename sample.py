@@ -3,45 +3,86 @@ Prompts a trained model and prints what it writes.
 
     python sample.py --out_dir=out-python-char --start="def "
     python sample.py --init_from=gpt2-xl --start="What is AI?" --num_samples=5
-    python sample.py --start=FILE:prompt.txt
+    python sample.py --init_from=gpt2 --interactive=True
+    python sample.py --start=LINES:prompts.txt --num_samples=1 --temperature=0 --out=samples.jsonl
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
 """
+import glob
+import json
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record
+from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record, whole_file
 from checkpoint import load_checkpoint, load_weights
 from checks import check_sample
-from machine import choose_device, use_device
+from decode import complete, lighten
+from machine import choose_device, free_memory, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'   # resume: out_dir/ckpt.pt; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face
                        # directory, or namespace/name on the hub; or a checkpoint file
 out_dir = 'out'        # folder of ckpt.pt
-start = '\n'           # the prompt; FILE:prompt.txt reads one
-num_samples = 10
+start = '\n'           # the prompt; FILE:prompt.txt reads one, - standard input; FILES:*.txt reads one
+                       # from each file, LINES:prompts.txt from each line
+num_samples = 10       # of each prompt
 max_new_tokens = 500   # tokens to draw, for each sample
-temperature = 0.8      # below 1.0: likely tokens more often; above: less often
+stop = ''              # a sample ends before this text; '': at max_new_tokens
+past_block = 'exact'   # what is read beyond block_size tokens. exact: the last block_size, anew for each
+                       # token; half: anew from half a block when one is full, far faster; roll: what was
+                       # kept of the last block_size, for rotary models
+# which token is drawn
+temperature = 0.8      # below 1.0: likely tokens more often; above: less often; 0: always the likeliest
 top_k = 200            # draw among so many of the likeliest tokens; 0: among all
-seed = 1337
+top_p = 1.0            # among the fewest of them that hold this much of the probability; 1.0: all
+min_p = 0.0            # among those with this share of the likeliest one's probability; 0.0: all
+repetition_penalty = 1.0  # above: tokens that the text has are less likely; 1.0: they are not
+seed = 1337            # with the number of a sample decides its draws, whatever is drawn beside it
+# how
+stream = False         # print tokens as they come, one sample after another
+interactive = False    # ask for prompts, a sample of each, until Ctrl-D
+out = ''               # also write the samples to this file: a line of JSON each; '': not
 device = 'auto'        # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = 'auto'         # float32, bfloat16 or float16; auto: 16 bits on CUDA and x86 with bfloat16
-compile = False        # torch.compile: minutes at first, then faster
+dtype = 'auto'         # of the weights: float32, bfloat16 or float16; auto: 16 bits on CUDA and x86
+quantize = ''          # int8: weights in 8 bits, on an x86 CPU; '': in dtype
+compile = False        # torch.compile: minutes at first, then faster on a GPU
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not in UTF-8: {error}') from None
+
+
+def tokenize(text):
+    """ The ids of a prompt. Raises ValueError where the model can't read it. """
+    ids = [int(i) for i in encode(text, special=True)]
+    if not ids:
+        raise ValueError('the prompt is empty; give it a character at least, as in --start="A"')
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(f'the prompt has token {max(ids)}, and the model only {model.config.vocab_size}')
+    return ids
+
+
 with one_line_errors():
-    device, dtype, compile = choose_device(device, dtype, compile)
+    device, dtype, compile = choose_device(device, dtype, compile, training=False)
     check_sample({key: globals()[key] for key in config_keys})  # noqa: F821
-    if start.startswith('FILE:'):
-        try:
-            start = Path(start[5:]).read_text(encoding='utf-8')
-        except UnicodeDecodeError as error:
-            raise ValueError(f'{start[5:]} is not in UTF-8: {error}') from None
+    kind, _, name = start.partition(':')
+    starts = ([sys.stdin.read()] if start == '-' else
+              [read_text(name)] if kind == 'FILE' else
+              [read_text(path) for path in sorted(glob.glob(name))] if kind == 'FILES' else
+              [line for line in read_text(name).split('\n') if line] if kind == 'LINES' else [start])
+    if not starts:
+        raise ValueError(f'start={start} names no prompts')
 
     # the model, and the tokenizer that it was trained with
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
@@ -61,23 +102,54 @@ with one_line_errors():
             os.path.exists(os.path.join(init_from, name)) for name in ('tokenizer.json', 'vocab.json'))
         record = {'kind': 'gpt2'} if bare or init_from in GPT2_NAMES else hf_record(init_from)
     encode, decode, vocab_size, _ = get_tokenizer(record)
+    if past_block == 'roll' and not model.config.rotary:
+        raise ValueError("past_block='roll' takes rotary positions, not a table; --past_block=half")
+    prompts = [] if interactive else [tokenize(text) for text in starts]
 
-    prompt = encode(start, special=True)
-    if not len(prompt):
-        raise ValueError('the prompt is empty; give it a character at least, as in --start="A"')
-    if max(prompt) >= model.config.vocab_size:
-        raise ValueError(f'the prompt has token {max(prompt)}, and the model only {model.config.vocab_size}')
-
-autocast = use_device(device, dtype)
-print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}')
-torch.manual_seed(seed)
+use_device(device, dtype)
 model.eval().to(device)
+lighten(model, getattr(torch, dtype), quantize == 'int8')
+print(f'device: {device}, {quantize or dtype}, {"compiled" if compile else "not compiled"}')
 if compile:
-    model.compile()  # in place, so that generate() runs the compiled one
+    model.compile()  # in place
 
-idx = torch.tensor([list(prompt)], dtype=torch.long, device=device)  # (1, T)
-for _ in range(num_samples):
-    with autocast:
-        tokens = model.generate(idx, max_new_tokens, temperature, top_k, vocab_size)
-    print(decode(tokens[0].tolist()))
-    print('-' * 15, flush=True)
+
+def continuations(batch, numbers, show):
+    """ decode.complete of prompts as the samples of these numbers, each with draws of its own. """
+    draws = [np.random.default_rng((seed, number)).random(max_new_tokens, np.float32) for number in numbers]
+    return complete(model, decode, batch, torch.from_numpy(np.stack(draws)), stop, show,
+                    **{key: globals()[key] for key in ('temperature', 'top_k', 'top_p', 'min_p', 'past_block',
+                                                       'repetition_penalty', 'vocab_size')})
+
+
+number = 0
+while interactive:
+    with suppress(ImportError):
+        import readline  # noqa: F401  arrow keys; not on Windows
+    try:
+        continuations([tokenize(input('> '))], [number], show=True)
+    except ValueError as error:
+        print(f'sample.py: {error}')
+    except KeyboardInterrupt:  # ends the sample
+        print()
+    except EOFError:
+        break
+    number += 1
+
+# as many at once as half of the free memory holds
+todo = [ids for ids in prompts for _ in range(num_samples)]
+c, longest = model.config, max(map(len, prompts), default=0)
+each = 4 * (min(c.block_size, longest + max_new_tokens) * c.n_embd * (2 * c.n_layer + 20) + 8 * c.vocab_size)
+at_once = 1 if stream else max(1, int(free_memory(device.partition(':')[0]) / 2 / each))
+samples = []
+for i in range(0, len(todo), at_once):
+    batch = todo[i:i + at_once]
+    if stream:
+        print(decode(batch[0]), end='', flush=True)
+    texts, counts, seconds = continuations(batch, range(i, i + len(batch)), show=stream)
+    for ids, text, count in zip(batch, texts, counts):
+        print(*([] if stream else [decode(ids) + text]), '-' * 15, sep='\n', flush=True)
+        samples.append(dict(prompt=decode(ids), text=text, tokens=count, seconds=seconds))
+    if out:
+        with whole_file(out) as temporary:
+            temporary.write_text(''.join(json.dumps(sample) + '\n' for sample in samples), encoding='utf-8')

@@ -28,7 +28,8 @@ from bins import load_meta, one_line_errors, open_bin, tokenizer_record, windows
 from checkpoint import load_checkpoint, load_optimizers, load_weights, newest_checkpoint, save_checkpoint
 from checks import check_fit, check_train
 from machine import Signals, choose_device, explain, fetch, join_processes, leave, peak_flops, use_device
-from model import GPT, GPT2_NAMES, GPTConfig, clip_and_step
+from model import GPT, GPT2_NAMES, GPTConfig
+from update import clip_and_step
 
 # -----------------------------------------------------------------------------
 # the run

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import transformers
 
 from machine import choose_device, peak_flops
-from model import GPT, GPTConfig, Muon, clip_and_step, rotate
+from model import GPT, GPTConfig, rotate
+from update import Muon, clip_and_step
 
 
 @pytest.fixture(scope='module')

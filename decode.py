@@ -1,0 +1,193 @@
+"""
+Decoding: which token comes next, one after another, for many prompts at once, and with weights that are
+quick to read.
+"""
+import math
+import time
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from machine import has_fbgemm
+from model import rotations
+
+
+@torch.no_grad()
+def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, top_p=1.0,
+                min_p=0.0, repetition_penalty=1.0, uniforms=None, pad=None, past_block='exact', cached=True):
+    """
+    Draws token after token for the prompts idx (B, T), of which row b begins with pad[b] (None: 0)
+    tokens of padding, copies of its first token, and yields them as they come, each (B,).
+
+    temperature, top_k, top_p, min_p: those of draw(). `vocab_size`: only ids below it (None: all).
+    `repetition_penalty` divides the logits above 0 of tokens that the row has, and multiplies those
+    below (arXiv 1909.05858). `uniforms` (B, max_new_tokens) in [0, 1) decide the draws; None: torch's.
+    `past_block` says what is read when there are more than block_size tokens. 'exact': the last
+    block_size, all anew for each token. 'half': they are read anew by halves of a block, so that
+    between a half and a whole is read. 'roll': the keys and values of the last block_size, which
+    themselves have seen older ones; only with rotary positions. Without `cached` all is always anew.
+    """
+    assert past_block in ('exact', 'half') or past_block == 'roll' and model.config.rotary
+    (B, T), size = idx.shape, model.config.block_size
+    if uniforms is None:
+        uniforms = torch.rand(B, max_new_tokens, device=idx.device)
+    tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
+    begin, cache, seen = max(0, T - size), None, None  # the first token to be read; what has been read
+    room = min(size, T + max_new_tokens)
+    if past_block == 'roll' and T + max_new_tokens - begin > len(model.cos):
+        model.cos, model.sin = (table.to(model.cos) for table in
+                              rotations(T + max_new_tokens - begin, model.cos.shape[-1]))
+    for n in range(T, T + max_new_tokens):
+        full = n - begin > size
+        if full and past_block != 'roll':
+            begin = n - (size if past_block == 'exact' else (size + 1) // 2)
+        if cached and (cache is None or full and past_block == 'half'):
+            cache = model.new_cache(room)
+        if not cached or full and past_block == 'exact':
+            cache = None
+        new = tokens[:, begin + (cache[0].length if cache else 0):n]        # (B, 1), or all of it
+        alike = B > 1 and new.shape[1] > 1 and bool((new == new[:1]).all())  # then one is enough
+        left = None if pad is None or not (left := (pad - begin).clamp(min=0)).any() else left
+        logits, _ = model(new[:1] if alike else new, cache=cache, pad=left)  # (B or 1, 1, vocab_size)
+        if alike:
+            logits = logits.expand(B, -1, -1)
+            for layer in cache or ():
+                layer.repeat(B)
+        logits = logits[:, -1, :vocab_size].float()                         # (B, vocab_size)
+        if repetition_penalty != 1:
+            if seen is None:
+                seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True)
+            penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(seen, penalized, logits)
+        tokens[:, n] = draw(logits, uniforms[:, n - T], temperature, top_k, top_p, min_p)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, n:n + 1], True)
+        yield tokens[:, n]
+
+
+def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """
+    One token for each row of logits (B, vocab_size), where `uniforms` (B,) in [0, 1) falls among the
+    probabilities laid end to end -> (B,). Temperature 0 takes the likeliest. Of the softmax of logits /
+    temperature remain, one after another, the `top_k` likeliest (0 or None: all; equals of the last stay),
+    the fewest likeliest that hold `top_p` of what is left (arXiv 1904.09751), and those with at least
+    `min_p` times the probability of the likeliest (2407.01082).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = logits / temperature, None
+    k = min(top_k or logits.shape[-1], logits.shape[-1])
+    if k < logits.shape[-1]:
+        values, likely = logits.topk(k + 1)                                     # (B, k + 1) the largest first
+        if logits.device.type == 'cpu' and (values[:, k] < values[:, k - 1]).all():
+            ids, order = likely[:, :k].sort()                                   # (B, k) the rest is done with
+            logits = values.gather(1, order)
+        else:
+            logits = logits.masked_fill(logits < values[:, k - 1:k], -math.inf)
+    probs = F.softmax(logits, dim=-1)                                           # (B, k or vocab_size)
+    if top_p < 1:
+        ranked = probs.topk(k).values                                           # (B, k) the largest first
+        over = ranked.cumsum(dim=-1) - ranked >= top_p                          # enough without it
+        probs = probs.masked_fill(probs < ranked.masked_fill(over, 1).amin(dim=-1, keepdim=True), 0)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
+    ends = probs.cumsum(dim=-1)
+    drawn = torch.searchsorted(ends, (1 - uniforms)[:, None] * ends[:, -1:])    # (B, 1)
+    return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
+
+# -----------------------------------------------------------------------------
+# text
+
+def complete(model, decode, prompts, uniforms, stop='', show=False, **settings):
+    """
+    Continues `prompts`, a list of lists of ids, until each has `stop` in its text ('': never) or
+    max_new_tokens -> the texts that were added, without `stop`; how many tokens each took; the seconds
+    for all. `decode` makes text of ids; `uniforms` (B, max_new_tokens) and `settings` are those of
+    next_tokens(). With `show`, for one prompt alone, the text is printed as it comes.
+    """
+    device, longest = model.transformer.wte.weight.device, max(map(len, prompts))
+    pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+    idx = torch.tensor([ids[:1] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    new, running, shown = [[] for _ in prompts], set(range(len(prompts))), 0
+    tail = 4 * len(stop) + 4  # the last tokens that `stop` can be in, if each is a byte
+
+    def added(b):
+        text = decode(prompts[b] + new[b])[len(decode(prompts[b])):]
+        return text.partition(stop)[0] if stop else text
+
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        for tokens in next_tokens(model, idx, uniforms.shape[1], pad=pad, uniforms=uniforms.to(device),
+                                  **settings):
+            tokens = tokens.tolist()
+            for b in list(running):
+                new[b].append(tokens[b])
+                if stop and stop in decode(new[b][-tail:]):
+                    running.remove(b)
+            if show:
+                text = settled(added(0), stop)
+                print(text[shown:], end='', flush=True)
+                shown = max(shown, len(text))
+            if not running:
+                break
+    seconds = time.perf_counter() - begin
+    texts = [added(b) for b in range(len(prompts))]
+    if show:
+        print(texts[0][shown:])
+    return texts, [len(ids) for ids in new], seconds
+
+
+def settled(text, stop):
+    """ The part of an unfinished text that stays: not half a character at its end, nor half a `stop`. """
+    text = text.rstrip('\ufffd')
+    half = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+    return text[:len(text) - half]
+
+# -----------------------------------------------------------------------------
+# light weights
+
+class LightLinear(nn.Module):
+    """
+    A Linear that only computes. A new token needs every weight once, so it takes as long as they take to
+    read: here from 16 bits, or 8, multiplied in float32 where the device is a CPU with FBGEMM.
+
+    With `int8` a row's weights are whole numbers times the row's largest / 127, and so is, for one token
+    at a time, what they are multiplied with, by tensor. A prompt is multiplied with in float32: its first
+    token has outliers that would cost the others their precision.
+    """
+
+    def __init__(self, linear, dtype, int8=False):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.packed, self.rounded, self.weight = None, None, None
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        if int8:
+            scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)            # (out,)
+            zero = torch.zeros(len(weight), dtype=torch.long)
+            with warnings.catch_warnings(action='ignore'):  # that these tensors may leave torch one day
+                self.rounded = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(self.rounded, self.bias)
+        elif dtype == torch.float16 and has_fbgemm(weight.device.type):
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
+        else:
+            self.weight = weight.to(dtype)
+            self.bias = None if self.bias is None else self.bias.to(dtype)
+
+    def forward(self, x):
+        if self.weight is not None:
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        if self.rounded is None:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        if x.shape[1] == 1:
+            return torch.ops.quantized.linear_dynamic(x, self.packed)
+        return F.linear(x, self.rounded.dequantize(), self.bias)
+
+
+def lighten(model, dtype, int8=False):
+    """ Puts a LightLinear in the place of every Linear of `model`, which then can only compute. """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, LightLinear(child, dtype, int8))

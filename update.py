@@ -1,0 +1,75 @@
+"""
+The update: gradients clipped and applied, unless they are not finite, and Muon for the matrices. AdamW is
+torch's. Imports nothing of ours.
+"""
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    The update of a matrix is its momentum (Nesterov's) with every singular value brought close to 1, by a
+    polynomial applied five times (Jordan and others 2024, kellerjordan.github.io/posts/muon). It is that of
+    torch.optim.Muon; here all matrices of a size go through the products together, in `dtype`, and an
+    update is left out where `found_inf` is set, as fused AdamW does.
+    """
+    found_inf = None  # a tensor: 1.0 where the gradients are not finite
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+        assert all(p.dim() == 2 for group in self.param_groups for p in group['params']), 'not a matrix'
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            sizes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    sizes.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for params in sizes.values():
+                self.update(params, **{key: group[key] for key in ('lr', 'weight_decay', 'momentum')})
+
+    def update(self, params, lr, weight_decay, momentum):
+        ok = 1 if self.found_inf is None else 1 - self.found_inf
+        directions = []
+        for p in params:
+            grad = p.grad if self.found_inf is None else torch.where(ok > 0, p.grad, 0)
+            if p not in self.state:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            average = self.state[p]['momentum_buffer']
+            average.lerp_(grad, (1 - momentum) * ok)
+            ahead = grad.lerp(average, momentum)
+            directions.append((ahead if len(p) <= p.shape[1] else ahead.T).to(self.dtype))
+        X = torch.stack(directions)                                             # (n, r, c) with r <= c
+        X /= X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            A = X @ X.mT                                                        # (n, r, r)
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+        for p, x in zip(params, X):
+            x = x if len(p) <= p.shape[1] else x.T
+            p.mul_(1 - lr * weight_decay * ok)
+            p.sub_(x * (lr * max(1, len(p) / p.shape[1]) ** 0.5 * ok))  # taller ones take larger updates
+
+
+def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
+    """
+    Clips the gradients to the norm `grad_clip` (0: not), updates, forgets them -> their norm, a tensor.
+    Where that or `loss`, a tensor, is not finite, no optimizer updates: the device decides, nobody waits.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    parameters = [p for p in parameters if p.grad is not None]
+    min(parameters, key=torch.numel).grad += 0 * loss  # nan where the loss is not finite
+    norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
+            torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    finite = torch.isfinite(norm)
+    if norm.device.type != 'mps':  # whose fused AdamW does not look at it
+        for optimizer in optimizers:
+            optimizer.found_inf = (~finite).float()
+    if norm.device.type != 'mps' or finite:
+        for optimizer in optimizers:
+            optimizer.step()
+    for p in parameters:
+        p.grad = None
+    scaler.update()
+    return norm
