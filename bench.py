@@ -1,30 +1,34 @@
 """
-How fast a training step is, and how far from the hardware's limit.
+How fast a training step is, and a token when sampling, and how far from the hardware's limit.
 
     python bench.py --batch_size=12 --block_size=1024
     python bench.py config/train_shakespeare_char_cpu_fast.py
     python bench.py --mode=compare      ratios: number formats, optimizers, loading, on a GPU also compile
+    python bench.py --mode=sample       tokens a second, beside Hugging Face's generate and the way of nanoGPT
     python bench.py --profile=True      and open ./bench_log/*.json in chrome://tracing or TensorBoard
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
 """
 import os
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from bins import load_meta, one_line_errors, open_bin, windows
 from checks import check_bench
-from machine import choose_device, explain, peak_flops, use_device
+from decode import lighten, next_tokens
+from machine import choose_device, explain, has_fbgemm, peak_flops, use_device
 from model import GPT, GPTConfig
 from update import clip_and_step
 
 # -----------------------------------------------------------------------------
-mode = 'step'            # step: this one; compare: what each choice brings, measured in turn
+mode = 'step'            # step: this one; compare: what each choice brings; sample: tokens a second
 batch_size = 12          # sequences a step
 block_size = 1024        # tokens a sequence
 bias = False             # in linear layers and layer norms
@@ -39,6 +43,7 @@ untied = False
 muon_lr = 0.0            # above 0: Muon for the blocks' matrices
 real_data = True         # read windows of the dataset; False: the same random tokens at every step
 dataset = 'openwebtext'  # folder under data/
+max_new_tokens = 200     # of mode sample, for each sample
 seed = 1337
 device = 'auto'          # cuda, cuda:1, mps or cpu; auto: the first of these that is there
 dtype = 'auto'           # float32, bfloat16 or float16; auto: 16 bits on CUDA and x86 with bfloat16
@@ -50,13 +55,13 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 patience = 180           # seconds that a measurement may take without a warning
 
 with one_line_errors():
-    device, dtype, compile = choose_device(device, dtype, compile)
+    device, dtype, compile = choose_device(device, dtype, compile, training=mode != 'sample')
     config = {key: globals()[key] for key in config_keys}  # noqa: F821
     check_bench(config)
     meta = load_meta(dataset) if real_data else None
     vocab_size = meta['vocab_size'] if meta else 50304
     data = None
-    if real_data:
+    if real_data and mode != 'sample':
         try:
             data = open_bin(dataset, 'train', block_size, vocab_size)
         except FileNotFoundError as error:
@@ -112,15 +117,97 @@ def make_step(dtype, compile, muon, load):
     return step
 
 
+def make_sampler(dtype, int8=False, **settings):
+    """ A fresh model -> a function that samples: of a batch size the seconds to the first and last token. """
+    torch.manual_seed(seed)
+    model = GPT(gpt_config).eval().to(device)
+    lighten(model, getattr(torch, dtype), int8)
+    if compile:
+        model.compile()
+    prompt = torch.zeros(1, min(8, block_size), dtype=torch.long, device=device)
+
+    def sample(B):
+        times = [time.perf_counter()]
+        with torch.inference_mode():
+            for tokens in next_tokens(model, prompt.expand(B, -1), max_new_tokens, 0.8, 200, **settings):
+                tokens.tolist()  # waits for a GPU
+                times.append(time.perf_counter())
+        return times[1] - times[0], times[-1] - times[0]
+    return sample
+
+
+def make_generate():
+    """ The same of Hugging Face's generate, by its defaults: a random GPT-2 of this size, in float32. """
+    from transformers import GPT2Config, GPT2LMHeadModel
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd,
+                                        n_layer=n_layer, n_head=n_head)).eval().to(device)
+    prompt = torch.zeros(1, 8, dtype=torch.long, device=device)
+
+    def sample(B):
+        ids, start = prompt.expand(B, -1), time.perf_counter()
+        theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8, top_k=200,
+                        max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, pad_token_id=0).tolist()
+        return 0, time.perf_counter() - start
+    return sample
+
+
+def bench_sampling():
+    """ Prints tokens a second of the ways to sample, at batch 1 and 10, measured in turn. """
+    use_device(device, dtype)
+    past = 8 + max_new_tokens > block_size
+    ways = {'this': make_sampler(dtype),
+            'float32': make_sampler('float32'),
+            'int8': make_sampler(dtype, int8=True),
+            'half a block kept': make_sampler(dtype, past_block='half'),
+            'uncached float32': make_sampler('float32', cached=False)}  # that of nanoGPT, one by one
+    if dtype == 'float32':
+        del ways['float32']
+    if not has_fbgemm(device_type):
+        del ways['int8']
+    if not past:
+        del ways['half a block kept']
+    if not past and not (rotary or rmsnorm or qk_norm or untied) and find_spec('transformers'):
+        ways['transformers'] = make_generate()
+    linear = 12 * n_layer * n_embd ** 2 + n_embd * vocab_size  # weights that a token reads
+    bits = {'this': 32 if dtype == 'float32' else 16, 'half a block kept': 16, 'int8': 8}
+    block = torch.ones(2**27, device=device)  # 512 MB
+    reads = []
+    times = {(name, B): [] for name in ways for B in (1, 10) if B == 1 or name != 'uncached float32'}
+    for i in range(3):
+        for _ in range(5):
+            start = time.perf_counter()
+            block.sum().item()
+            reads.append(block.nbytes / (time.perf_counter() - start))
+        for name, B in times:
+            times[name, B].append(ways[name](B))
+            print(f'round {i + 1} of 3, {name}, {B} at once: {times[name, B][-1][1]:.2f} s', flush=True)
+    bandwidth = statistics.median(reads)
+    print(f'{max_new_tokens} tokens after 8; medians; memory is read at {bandwidth / 1e9:.1f} GB/s')
+    speeds = {(name, B): B * max_new_tokens / statistics.median(last for _, last in times[name, B])
+              for name, B in times}
+    for (name, B), speed in speeds.items():
+        first = statistics.median(first for first, _ in times[name, B])
+        share = linear * bits.get(name, 32) / 8 * speed / B / bandwidth
+        print(f'{name}, batch {B}: {speed:.1f} tokens/s',
+              *([f'the first after {first * 1000:.0f}ms'] if first else []),
+              *([f'weights read at {share * 100:.0f}% of that'] if 'uncached' not in name else []),
+              *(f'{speed / speeds[other]:.2f} x {other[0]}'
+                for other in (('transformers', B), ('uncached float32', 1)) if other in speeds), sep=', ')
+
+
 # say what will be measured, and how long it will take where that is long
 with torch.device('meta'):
     model = GPT(gpt_config)  # to be counted: without memory
+print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
+print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
+      f'{torch.get_num_threads()} threads')
+if mode == 'sample':
+    bench_sampling()
+    sys.exit()
 peak, peak_source = peak_flops(device_type, dtype)
 tokens = batch_size * block_size
 flops = model.flops_per_token(block_size) * tokens
-print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
-print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
-      f'{torch.get_num_threads()} threads; a step is {tokens:,} tokens, {flops / 1e12:.3f} TFLOP')
+print(f'a step is {tokens:,} tokens, {flops / 1e12:.3f} TFLOP')
 this = dict(dtype=dtype, compile=compile, muon=muon_lr > 0, load=True)
 variants = {'this': this}
 if mode == 'compare':
@@ -176,6 +263,5 @@ elif device_type == 'cuda':
     print(f'  peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU')
 elif os.name == 'posix':
     import resource
-    import sys
     unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes, Linux KiB
     print(f'  peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB')

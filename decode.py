@@ -153,9 +153,9 @@ class LightLinear(nn.Module):
     A Linear that only computes. A new token needs every weight once, so it takes as long as they take to
     read: here from 16 bits, or 8, multiplied in float32 where the device is a CPU with FBGEMM.
 
-    With `int8` a row's weights are whole numbers times the row's largest / 127, and so is, for one token
-    at a time, what they are multiplied with, by tensor. A prompt is multiplied with in float32: its first
-    token has outliers that would cost the others their precision.
+    With `int8` a row's weights are whole numbers times the row's largest / 127. What they are multiplied
+    with is rounded too, to 7 bits of its range, for one token at a time; a prompt is not: its first token
+    has outliers that would cost the others their precision.
     """
 
     def __init__(self, linear, dtype, int8=False):
@@ -181,7 +181,7 @@ class LightLinear(nn.Module):
         if self.rounded is None:
             return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         if x.shape[1] == 1:
-            return torch.ops.quantized.linear_dynamic(x, self.packed)
+            return torch.ops.quantized.linear_dynamic(x, self.packed, True)  # 8 bits overflow without VNNI
         return F.linear(x, self.rounded.dequantize(), self.bias)
 
 
