@@ -2,13 +2,17 @@
 Decoding: which token comes next, one after another, for many prompts at once, and with weights that are
 quick to read.
 """
+import glob
 import math
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from machine import has_fbgemm
 from model import rotations
@@ -100,12 +104,33 @@ def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
 # -----------------------------------------------------------------------------
 # text
 
+def read_prompts(start):
+    """ The texts that the setting `start` names. Raises ValueError where there is none, or no UTF-8. """
+    kind, _, name = start.partition(':')
+    if start == '-':
+        return [sys.stdin.read()]
+    if kind not in ('FILE', 'FILES', 'LINES'):
+        return [start]
+    texts = []
+    for path in sorted(glob.glob(name)) if kind == 'FILES' else [name]:
+        try:
+            texts.append(Path(path).read_text(encoding='utf-8'))
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{path} is not in UTF-8: {error}') from None
+    if kind == 'LINES':
+        texts = [line for line in texts[0].split('\n') if line]
+    if not texts:
+        raise ValueError(f'start={start} names no prompts')
+    return texts
+
+
 def complete(model, decode, prompts, uniforms, stop='', show=False, **settings):
     """
     Continues `prompts`, a list of lists of ids, until each has `stop` in its text ('': never) or
     max_new_tokens -> the texts that were added, without `stop`; how many tokens each took; the seconds
     for all. `decode` makes text of ids; `uniforms` (B, max_new_tokens) and `settings` are those of
-    next_tokens(). With `show`, for one prompt alone, the text is printed as it comes.
+    next_tokens(). With `show`, for one prompt alone, the text is printed as it comes; without it a terminal
+    shows a bar.
     """
     device, longest = model.transformer.wte.weight.device, max(map(len, prompts))
     pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
@@ -119,8 +144,8 @@ def complete(model, decode, prompts, uniforms, stop='', show=False, **settings):
 
     begin = time.perf_counter()
     with torch.inference_mode():
-        for tokens in next_tokens(model, idx, uniforms.shape[1], pad=pad, uniforms=uniforms.to(device),
-                                  **settings):
+        steps = next_tokens(model, idx, uniforms.shape[1], pad=pad, uniforms=uniforms.to(device), **settings)
+        for tokens in tqdm(steps, total=uniforms.shape[1], unit='token', leave=False, disable=show or None):
             tokens = tokens.tolist()
             for b in list(running):
                 new[b].append(tokens[b])

@@ -8,12 +8,9 @@ Prompts a trained model and prints what it writes.
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
 """
-import glob
 import json
 import os
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ import torch
 from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record, whole_file
 from checkpoint import load_checkpoint, load_weights
 from checks import check_sample
-from decode import complete, lighten
+from decode import complete, lighten, read_prompts
 from machine import choose_device, free_memory, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
 
@@ -34,9 +31,8 @@ start = '\n'           # the prompt; FILE:prompt.txt reads one, - standard input
 num_samples = 10       # of each prompt
 max_new_tokens = 500   # tokens to draw, for each sample
 stop = ''              # a sample ends before this text; '': at max_new_tokens
-past_block = 'exact'   # what is read beyond block_size tokens. exact: the last block_size, anew for each
-                       # token; half: anew from half a block when one is full, far faster; roll: what was
-                       # kept of the last block_size, for rotary models
+past_block = 'exact'   # beyond block_size tokens read the last ones anew for each token; half: anew when a
+                       # block is full, from its last half, far faster; roll: as kept, for rotary models
 # which token is drawn
 temperature = 0.8      # below 1.0: likely tokens more often; above: less often; 0: always the likeliest
 top_k = 200            # draw among so many of the likeliest tokens; 0: among all
@@ -56,13 +52,6 @@ compile = False        # torch.compile: minutes at first, then faster on a GPU
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding='utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not in UTF-8: {error}') from None
-
-
 def tokenize(text):
     """ The ids of a prompt. Raises ValueError where the model can't read it. """
     ids = [int(i) for i in encode(text, special=True)]
@@ -76,13 +65,7 @@ def tokenize(text):
 with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile, training=False)
     check_sample({key: globals()[key] for key in config_keys})  # noqa: F821
-    kind, _, name = start.partition(':')
-    starts = ([sys.stdin.read()] if start == '-' else
-              [read_text(name)] if kind == 'FILE' else
-              [read_text(path) for path in sorted(glob.glob(name))] if kind == 'FILES' else
-              [line for line in read_text(name).split('\n') if line] if kind == 'LINES' else [start])
-    if not starts:
-        raise ValueError(f'start={start} names no prompts')
+    texts = [] if interactive else read_prompts(start)
 
     # the model, and the tokenizer that it was trained with
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
@@ -104,7 +87,7 @@ with one_line_errors():
     encode, decode, vocab_size, _ = get_tokenizer(record)
     if past_block == 'roll' and not model.config.rotary:
         raise ValueError("past_block='roll' takes rotary positions, not a table; --past_block=half")
-    prompts = [] if interactive else [tokenize(text) for text in starts]
+    prompts = [tokenize(text) for text in texts]
 
 use_device(device, dtype)
 model.eval().to(device)
@@ -114,42 +97,46 @@ if compile:
     model.compile()  # in place
 
 
-def continuations(batch, numbers, show):
-    """ decode.complete of prompts as the samples of these numbers, each with draws of its own. """
+samples = []
+
+
+def add_samples(batch, show=False):
+    """ Continues the prompts `batch`, lists of ids, into `samples`, each with its own draws -> texts. """
+    numbers = range(len(samples), len(samples) + len(batch))
     draws = [np.random.default_rng((seed, number)).random(max_new_tokens, np.float32) for number in numbers]
-    return complete(model, decode, batch, torch.from_numpy(np.stack(draws)), stop, show,
-                    **{key: globals()[key] for key in ('temperature', 'top_k', 'top_p', 'min_p', 'past_block',
-                                                       'repetition_penalty', 'vocab_size')})
+    texts, counts, seconds = complete(
+        model, decode, batch, torch.from_numpy(np.stack(draws)), stop, show, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, past_block=past_block,
+        vocab_size=vocab_size)
+    samples.extend(dict(prompt=decode(ids), text=text, tokens=count, seconds=seconds)
+                   for ids, text, count in zip(batch, texts, counts))
+    if out:
+        with whole_file(out) as temporary:
+            temporary.write_text(''.join(json.dumps(sample) + '\n' for sample in samples), encoding='utf-8')
+    return texts
 
 
-number = 0
 while interactive:
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys; not on Windows
     try:
-        continuations([tokenize(input('> '))], [number], show=True)
+        add_samples([tokenize(input('> '))], show=True)
     except ValueError as error:
         print(f'sample.py: {error}')
     except KeyboardInterrupt:  # ends the sample
         print()
     except EOFError:
         break
-    number += 1
 
 # as many at once as half of the free memory holds
 todo = [ids for ids in prompts for _ in range(num_samples)]
 c, longest = model.config, max(map(len, prompts), default=0)
 each = 4 * (min(c.block_size, longest + max_new_tokens) * c.n_embd * (2 * c.n_layer + 20) + 8 * c.vocab_size)
 at_once = 1 if stream else max(1, int(free_memory(device.partition(':')[0]) / 2 / each))
-samples = []
 for i in range(0, len(todo), at_once):
     batch = todo[i:i + at_once]
     if stream:
         print(decode(batch[0]), end='', flush=True)
-    texts, counts, seconds = continuations(batch, range(i, i + len(batch)), show=stream)
-    for ids, text, count in zip(batch, texts, counts):
+    texts = add_samples(batch, show=stream)
+    for ids, text in zip(batch, texts):
         print(*([] if stream else [decode(ids) + text]), '-' * 15, sep='\n', flush=True)
-        samples.append(dict(prompt=decode(ids), text=text, tokens=count, seconds=seconds))
-    if out:
-        with whole_file(out) as temporary:
-            temporary.write_text(''.join(json.dumps(sample) + '\n' for sample in samples), encoding='utf-8')

@@ -163,8 +163,12 @@ BAD = [  # script, arguments, exit code, part of the line
     ('train.py', ['--init_from=resume', '--block_size=64'], 1, 'block_size=64 is more than the 16 of out/'),
     # sample.py
     *(('sample.py', [f'--{name}={value}'], 1, f'{name}={value}') for name, value in [
-        ('temperature', 0.0), ('temperature', -1.0), ('top_k', -1), ('num_samples', -1), ('seed', -1),
-        ('max_new_tokens', -1)]),
+        ('temperature', -1.0), ('top_k', -1), ('num_samples', -1), ('seed', -1), ('max_new_tokens', -1),
+        ('top_p', 0.0), ('top_p', 1.5), ('min_p', -0.1), ('repetition_penalty', 0.0),
+        ('start', 'FILES:nothing*'), ('start', 'LINES:empty.txt'), ('out', 'nowhere/samples.jsonl')]),
+    *(('sample.py', [f'--{name}={value}'], 1, f'{name}={value!r}') for name, value in [
+        ('past_block', 'most'), ('past_block', 'roll'), ('quantize', 'int4')]),
+    ('sample.py', ['--interactive=True', '--start=-'], 1, 'interactive=True asks for prompts itself'),
     ('sample.py', ['--start='], 1, 'the prompt is empty'),
     ('sample.py', ['--start=dog'], 1, "'dg' is not in the vocabulary"),
     ('sample.py', ['--start=FILE:nowhere.txt'], 1, 'nowhere.txt'),
@@ -178,6 +182,7 @@ BAD = [  # script, arguments, exit code, part of the line
     ('bench.py', ['--n_embd=17', '--n_head=2'], 1, 'n_embd=17'),
     ('bench.py', ['--seed=-1'], 1, 'seed=-1'),
     ('bench.py', ['--mode=fast'], 1, "mode='fast'"),
+    ('bench.py', ['--mode=sample', '--max_new_tokens=0'], 1, 'max_new_tokens=0'),
     ('bench.py', ['--n_embd=15', '--n_head=5', '--rotary=True'], 1, 'n_embd=15 / n_head=5 must be even'),
     ('bench.py', ['--dtype=half'], 1, "dtype='half'"),
     ('bench.py', ['--dataset=big_ids'], 1, 'holds token 65535'),

@@ -1,4 +1,5 @@
 """ The scripts end to end, as a user runs them, from another folder. """
+import io
 import json
 import pickle
 import shutil
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, run, train
 
+from machine import has_fbgemm
+
 
 def test_prepare_train_sample_from_another_folder(tmp_path, dataset):
     _, _, out = train(tmp_path, dataset)
@@ -19,6 +22,56 @@ def test_prepare_train_sample_from_another_folder(tmp_path, dataset):
     assert len(samples) == 4 and all('the cat' in sample for sample in samples[:3])
     again, _ = run('sample.py', cwd=tmp_path, num_samples=3, max_new_tokens=30, start='the cat')
     assert text == again and samples[0] != samples[1]
+
+
+@pytest.fixture
+def sample(script_globals, capsys, monkeypatch):
+    """ sample(...) runs sample.py on out/ckpt.pt in this process -> the samples of --out, and the output. """
+    def ask(typed='', **settings):
+        monkeypatch.setattr(sys, 'stdin', io.StringIO(typed))
+        script_globals('sample.py', **{'max_new_tokens': 30, 'out': 'samples.jsonl', 'device': 'cpu',
+                                       'dtype': 'float32', 'num_samples': 1, **settings})
+        with open('samples.jsonl') as lines:
+            return [json.loads(line) for line in lines], capsys.readouterr().out
+    return ask
+
+
+def test_what_sample_py_can_be_asked_for(tmp_path, dataset, sample):
+    train(tmp_path, dataset)
+    (tmp_path / 'a.txt').write_text('the cat\n')
+    (tmp_path / 'b.txt').write_text('a')
+    (tmp_path / 'c.txt').write_text('the cat\na\n\nsat on')
+    text = lambda samples: [one['text'] for one in samples]
+    alone, out = sample(start='the', num_samples=1)
+    assert set(alone[0]) == {'prompt', 'text', 'tokens', 'seconds'} and alone[0]['tokens'] == 30
+    assert f"the{alone[0]['text']}\n{'-' * 15}\n" in out and 0 < alone[0]['seconds'] < 30
+    ten, _ = sample(start='the', num_samples=10)
+    assert len(set(text(ten))) == 10 and ten[0]['text'] == alone[0]['text']
+    streamed, shown = sample(start='the', num_samples=10, stream=True)
+    assert text(streamed) == text(ten) and len({one['seconds'] for one in streamed}) == 10
+    for one in ten:
+        assert f"the{one['text']}\n{'-' * 15}\n" in shown
+    stopped, shown = sample(start='the', num_samples=10, stop='\n')
+    assert text(stopped) == [one.partition('\n')[0] for one in text(ten)]
+    assert min(one['tokens'] for one in stopped) < 30
+    for typed, start, prompts in (('', 'FILES:?.txt', ['the cat\n', 'a', 'the cat\na\n\nsat on']),
+                                  ('', 'LINES:c.txt', ['the cat', 'a', 'sat on']),
+                                  ('', 'FILE:a.txt', ['the cat\n']), ('on a mat', '-', ['on a mat'])):
+        samples, _ = sample(typed, start=start, num_samples=2)
+        assert [one['prompt'] for one in samples] == [prompt for prompt in prompts for _ in range(2)]
+    asked, shown = sample('the cat\ndog\na\n', interactive=True)
+    assert [one['prompt'] for one in asked] == ['the cat', 'a']  # what it cannot read does not end it
+    assert "'dg' is not in the vocabulary" in shown and asked[1]['text'] in shown
+    greedy, _ = sample(start='the', temperature=0)
+    assert text(sample(start='the', temperature=0, num_samples=2, seed=1)[0]) == text(greedy) * 2
+    varied, _ = sample(start='the', temperature=0, repetition_penalty=1e9, max_new_tokens=6)
+    assert varied[0]['text'] != greedy[0]['text'][:6]
+    assert text(sample(start='the', top_k=1)[0]) == text(sample(start='the', top_p=1e-6)[0]) == text(greedy)
+    assert text(sample(start='the', min_p=1.0, top_k=0)[0]) == text(greedy)
+    assert text(sample(start='the', max_new_tokens=0)[0]) == ['']
+    for light in (dict(dtype='bfloat16'), dict(dtype='float16'), dict(past_block='half'),
+                  *([dict(quantize='int8')] if has_fbgemm('cpu') else [])):
+        assert len(text(sample(start='the', **light)[0])[0]) == 30
 
 
 def test_the_tokenizer_travels_in_the_checkpoint(tmp_path, dataset):
@@ -42,7 +95,7 @@ def test_the_tokenizer_travels_in_the_checkpoint(tmp_path, dataset):
     ('train.py', 'n_embd=17', dict(n_embd=17)),
     ('train.py', 'block_size=0', dict(block_size=0)),
     ('sample.py', 'no checkpoint elsewhere/ckpt.pt', dict(out_dir='elsewhere')),
-    ('sample.py', 'temperature', dict(temperature=0)),
+    ('sample.py', 'temperature', dict(temperature=-1)),
     ('sample.py', "No such file or directory: 'prompt.txt'", dict(start='FILE:prompt.txt')),
     ('bench.py', 'batch_size=0', dict(batch_size=0))])
 def test_bad_input_gets_one_line(script_globals, tmp_path, dataset, script, message, settings):
@@ -123,6 +176,17 @@ def test_bench_compares_in_turn(tmp_path, dataset):
     for part in ('in float32: ', 'with AdamW: ', 'without loading: '):
         ratio, = [line.split(', ')[1] for line in out.splitlines() if line.startswith(part)]
         assert 0.05 < float(ratio.removesuffix(' times as long')) < 20
+
+
+def test_bench_samples_in_turn(tmp_path, dataset):
+    out, _ = run('bench.py', cwd=tmp_path, dataset=dataset, n_layer=1, n_head=2, n_embd=16, block_size=16,
+                 max_new_tokens=4, mode='sample', device='cpu', dtype='float32')
+    for part in ('this, batch 1: ', 'this, batch 10: ', 'uncached float32, batch 1: ',
+                 'transformers, batch 10: ', 'memory is read at'):
+        assert part in out
+    out, _ = run('bench.py', cwd=tmp_path, dataset=dataset, n_layer=1, n_head=2, n_embd=16, block_size=16,
+                 max_new_tokens=20, mode='sample', device='cpu', dtype='bfloat16', rotary=True)
+    assert 'half a block kept, batch 1: ' in out and 'transformers' not in out
 
 
 def test_bench_without_the_dataset(tmp_path):
