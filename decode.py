@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from machine import has_fbgemm
+from machine import has_bfloat16, has_fbgemm
 from model import rotations
 
 
@@ -176,38 +176,37 @@ def settled(text, stop):
 class LightLinear(nn.Module):
     """
     A Linear that only computes. A new token needs every weight once, so it takes as long as they take to
-    read: here from 16 bits, or 8, multiplied in float32 where the device is a CPU with FBGEMM.
+    read: here from 16 bits, or 8, multiplied in float32 where the device is a CPU with FBGEMM. Long prompts
+    take as long as the products: in bfloat16, where that CPU has it.
 
-    With `int8` a row's weights are whole numbers times the row's largest / 127. What they are multiplied
-    with is rounded too, to 7 bits of its range, for one token at a time; a prompt is not: its first token
-    has outliers that would cost the others their precision.
+    With `int8` a row's weights are whole numbers times the row's largest / 127, and what they are multiplied
+    with is rounded too, to 7 bits of its range: 8 overflow without VNNI. This is for a token at a time;
+    prompts are not rounded, as their first token has outliers that would cost the others their precision.
     """
 
     def __init__(self, linear, dtype, int8=False):
         super().__init__()
-        weight = linear.weight.detach()
-        self.packed, self.rounded, self.weight = None, None, None
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        fbgemm = has_fbgemm(weight.device.type) and (int8 or dtype == torch.float16)
+        self.int8, self.float16, self.weight = None, None, None
         if int8:
             scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)            # (out,)
             zero = torch.zeros(len(weight), dtype=torch.long)
             with warnings.catch_warnings(action='ignore'):  # that these tensors may leave torch one day
-                self.rounded = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(self.rounded, self.bias)
-        elif dtype == torch.float16 and has_fbgemm(weight.device.type):
-            self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
-        else:
-            self.weight = weight.to(dtype)
-            self.bias = None if self.bias is None else self.bias.to(dtype)
+                rounded = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+            self.int8 = torch.ops.quantized.linear_prepack(rounded, bias)
+        if fbgemm:
+            self.float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+            dtype = torch.bfloat16
+        if not fbgemm or has_bfloat16():
+            self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def forward(self, x):
-        if self.weight is not None:
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        if self.rounded is None:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        if x.shape[1] == 1:
-            return torch.ops.quantized.linear_dynamic(x, self.packed, True)  # 8 bits overflow without VNNI
-        return F.linear(x, self.rounded.dequantize(), self.bias)
+        if self.int8 is not None and x.shape[1] == 1:
+            return torch.ops.quantized.linear_dynamic(x.float(), self.int8, True)  # True: 7 bits of x
+        if self.float16 is not None and (x.shape[1] < 32 or self.weight is None):
+            return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.float16)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def lighten(model, dtype, int8=False):

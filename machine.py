@@ -30,6 +30,12 @@ def has_fbgemm(device_type):
     return device_type == 'cpu' and 'fbgemm' in torch.backends.quantized.supported_engines
 
 
+def has_bfloat16():
+    """ Whether this CPU multiplies in bfloat16, about twice as fast as in float32. """
+    has = torch.cpu.get_capabilities()
+    return bool(has.get('avx512_bf16') or has.get('amx_bf16'))
+
+
 def choose_device(device='auto', dtype='auto', compile='auto', training=True):
     """
     Puts what this machine is best at in the place of each 'auto' -> device, dtype, compile. Without
@@ -50,9 +56,8 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
             native = torch.cuda.get_device_capability(int(index or 0)) >= (8, 0)  # Ampere
             dtype = 'bfloat16' if native else 'float16'
         else:
-            has = torch.cpu.get_capabilities() if kind == 'cpu' else {}
             dtype = ('float16' if has_fbgemm(kind) and not training else
-                     'bfloat16' if has.get('avx512_bf16') or has.get('amx_bf16') else 'float32')
+                     'bfloat16' if kind == 'cpu' and has_bfloat16() else 'float32')
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
     if compile not in ('auto', True, False):
