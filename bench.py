@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -117,7 +118,7 @@ def make_step(dtype, compile, muon, load):
     return step
 
 
-def make_sampler(dtype, int8=False, **settings):
+def make_sampler(dtype, int8=False):
     """ A fresh model -> a function that samples: of a batch size the seconds to the first and last token. """
     torch.manual_seed(seed)
     model = GPT(gpt_config).eval().to(device)
@@ -126,7 +127,7 @@ def make_sampler(dtype, int8=False, **settings):
         model.compile()
     prompt = torch.zeros(1, min(8, block_size), dtype=torch.long, device=device)
 
-    def sample(B):
+    def sample(B, **settings):
         times = [time.perf_counter()]
         with torch.inference_mode():
             for tokens in next_tokens(model, prompt.expand(B, -1), max_new_tokens, 0.8, 200, **settings):
@@ -155,21 +156,20 @@ def bench_sampling():
     """ Prints tokens a second of the ways to sample, at batch 1 and 10, measured in turn. """
     use_device(device, dtype)
     past = 8 + max_new_tokens > block_size
-    ways = {'this': make_sampler(dtype),
-            'float32': make_sampler('float32'),
-            'int8': make_sampler(dtype, int8=True),
-            'half a block kept': make_sampler(dtype, past_block='half'),
-            'uncached float32': make_sampler('float32', cached=False)}  # that of nanoGPT, one by one
+    this, full = make_sampler(dtype), make_sampler('float32')
+    ways = {'this': this, 'float32': full,
+            'uncached float32': partial(full, cached=False)}  # that of nanoGPT, one by one
     if dtype == 'float32':
         del ways['float32']
-    if not has_fbgemm(device_type):
-        del ways['int8']
-    if not past:
-        del ways['half a block kept']
-    if not past and not (rotary or rmsnorm or qk_norm or untied) and find_spec('transformers'):
+    if has_fbgemm(device_type):
+        ways['int8'] = make_sampler(dtype, int8=True)
+    if past:
+        ways['half a block kept'] = partial(this, past_block='half')
+    elif not (rotary or rmsnorm or qk_norm or untied) and find_spec('transformers'):
         ways['transformers'] = make_generate()
     linear = 12 * n_layer * n_embd ** 2 + n_embd * vocab_size  # weights that a token reads
-    bits = {'this': 32 if dtype == 'float32' else 16, 'half a block kept': 16, 'int8': 8}
+    bits = {'this': 32 if dtype == 'float32' else 16, 'int8': 8}
+    bits['half a block kept'] = bits['this']
     block = torch.ones(2**27, device=device)  # 512 MB
     reads = []
     times = {(name, B): [] for name in ways for B in (1, 10) if B == 1 or name != 'uncached float32'}

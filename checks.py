@@ -85,11 +85,12 @@ def check_sample(settings):
         (s.past_block not in ('exact', 'half', 'roll'),
          f"past_block={s.past_block!r} must be 'exact', 'half' or 'roll'"),
         (s.quantize not in ('', 'int8'), f"quantize={s.quantize!r} must be 'int8', or '' for none"),
-        (s.quantize and not has_fbgemm(s.device),
+        (s.quantize and not has_fbgemm(s.device.partition(':')[0]),
          f"quantize='int8' on {s.device} has no kernel here; an x86 CPU has one"),
-        (s.interactive and s.start == '-', 'interactive=True asks for prompts itself, without --start=-'),
-        (s.out and not os.path.isdir(os.path.dirname(s.out) or '.'),
-         f'out={s.out}: there is no folder {os.path.dirname(s.out)}'),
+        (s.interactive and s.start != '\n', 'interactive=True asks for prompts itself, without --start'),
+        (s.out and not os.access(os.path.dirname(s.out) or '.', os.W_OK),
+         f'out={s.out}: its folder is not there, or cannot be written to'),
+        (s.out and os.path.exists(s.out) and not os.path.isfile(s.out), f'out={s.out} is no file'),
         *_of_all(s),
     ])
 

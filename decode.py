@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from machine import has_bfloat16, has_fbgemm
-from model import rotations
 
 
 @torch.no_grad()
@@ -30,19 +29,20 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
     below (arXiv 1909.05858). `uniforms` (B, max_new_tokens) in [0, 1) decide the draws; None: torch's.
     `past_block` says what is read when there are more than block_size tokens. 'exact': the last
     block_size, all anew for each token. 'half': they are read anew by halves of a block, so that
-    between a half and a whole is read. 'roll': the keys and values of the last block_size, which
-    themselves have seen older ones; only with rotary positions. Without `cached` all is always anew.
+    between a half and a whole is read; the longest row says when. 'roll': the keys and values of the last
+    block_size, which themselves have seen older ones; only with rotary positions, and cached. Without
+    `cached` all is always anew.
     """
-    assert past_block in ('exact', 'half') or past_block == 'roll' and model.config.rotary
+    assert past_block in ('exact', 'half') or past_block == 'roll' and model.config.rotary and cached
     (B, T), size = idx.shape, model.config.block_size
+    most = 0 if pad is None else int(pad.max())
     if uniforms is None:
         uniforms = torch.rand(B, max_new_tokens, device=idx.device)
     tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
     begin, cache, seen = max(0, T - size), None, None  # the first token to be read; what has been read
     room = min(size, T + max_new_tokens)
     if past_block == 'roll' and T + max_new_tokens - begin > len(model.cos):
-        model.cos, model.sin = (table.to(model.cos) for table in
-                              rotations(T + max_new_tokens - begin, model.cos.shape[-1]))
+        model.register_rotations(T + max_new_tokens - begin)
     for n in range(T, T + max_new_tokens):
         full = n - begin > size
         if full and past_block != 'roll':
@@ -52,8 +52,8 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
         if not cached or full and past_block == 'exact':
             cache = None
         new = tokens[:, begin + (cache[0].length if cache else 0):n]        # (B, 1), or all of it
-        alike = B > 1 and new.shape[1] > 1 and bool((new == new[:1]).all())  # then one is enough
-        left = None if pad is None or not (left := (pad - begin).clamp(min=0)).any() else left
+        left = (pad - begin).clamp(min=0) if most > begin else None         # (B,) padding still in sight
+        alike = B > 1 and new.shape[1] > 1 and left is None and bool((new == new[:1]).all())
         logits, _ = model(new[:1] if alike else new, cache=cache, pad=left)  # (B or 1, 1, vocab_size)
         if alike:
             logits = logits.expand(B, -1, -1)
@@ -62,9 +62,10 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
         logits = logits[:, -1, :vocab_size].float()                         # (B, vocab_size)
         if repetition_penalty != 1:
             if seen is None:
-                seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True)
+                seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=idx.device)
+                seen.scatter_(1, idx, True)
             penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-            logits = torch.where(seen, penalized, logits)
+            logits = torch.where(seen[:, :logits.shape[1]], penalized, logits)
         tokens[:, n] = draw(logits, uniforms[:, n - T], temperature, top_k, top_p, min_p)
         if seen is not None:
             seen.scatter_(1, tokens[:, n:n + 1], True)
@@ -74,12 +75,15 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
 def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     """
     One token for each row of logits (B, vocab_size), where `uniforms` (B,) in [0, 1) falls among the
-    probabilities laid end to end -> (B,). Temperature 0 takes the likeliest. Of the softmax of logits /
-    temperature remain, one after another, the `top_k` likeliest (0 or None: all; equals of the last stay),
-    the fewest likeliest that hold `top_p` of what is left (arXiv 1904.09751), and those with at least
-    `min_p` times the probability of the likeliest (2407.01082).
+    probabilities laid end to end -> (B,). Temperature 0 (below 1e-5) takes the likeliest. Of the softmax of
+    logits / temperature remain, one after another, the `top_k` likeliest (0 or None: all), the fewest
+    likeliest that hold `top_p` of what is left (arXiv 1904.09751), each with the equals of the last, and
+    those with at least `min_p` times the probability of the likeliest (2407.01082). Raises ValueError where
+    the logits are not finite.
     """
-    if temperature == 0:
+    if not logits.amax(dim=-1).isfinite().all():
+        raise ValueError('the logits are not finite; --dtype=float32 has the widest range')
+    if temperature < 1e-5:
         return logits.argmax(dim=-1)
     logits, ids = logits / temperature, None
     k = min(top_k or logits.shape[-1], logits.shape[-1])
@@ -126,7 +130,7 @@ def read_prompts(start):
 
 def complete(model, decode, prompts, uniforms, stop='', show=False, **settings):
     """
-    Continues `prompts`, a list of lists of ids, until each has `stop` in its text ('': never) or
+    Continues `prompts`, lists of ids, until each has `stop` in its text ('': never) or
     max_new_tokens -> the texts that were added, without `stop`; how many tokens each took; the seconds
     for all. `decode` makes text of ids; `uniforms` (B, max_new_tokens) and `settings` are those of
     next_tokens(). With `show`, for one prompt alone, the text is printed as it comes; without it a terminal
@@ -164,6 +168,13 @@ def complete(model, decode, prompts, uniforms, stop='', show=False, **settings):
     return texts, [len(ids) for ids in new], seconds
 
 
+def fitting(model, n, memory):
+    """ How many samples of `n` tokens fit into `memory` bytes, about; 1 at least. """
+    c = model.config
+    each = min(c.block_size, n) * c.n_embd * (2 * c.n_layer + 20) + 8 * c.vocab_size  # cache, activations
+    return max(1, int(memory / 4 / each))
+
+
 def settled(text, stop):
     """ The part of an unfinished text that stays: not half a character at its end, nor half a `stop`. """
     text = text.rstrip('\ufffd')
@@ -180,8 +191,8 @@ class LightLinear(nn.Module):
     take as long as the products: in bfloat16, where that CPU has it.
 
     With `int8` a row's weights are whole numbers times the row's largest / 127, and what they are multiplied
-    with is rounded too, to 7 bits of its range: 8 overflow without VNNI. This is for a token at a time;
-    prompts are not rounded, as their first token has outliers that would cost the others their precision.
+    with is rounded too, to 7 bits of the batch's range: 8 overflow without VNNI. This is for a token at a
+    time. Prompts are in 16 bits: their first token has outliers that would cost the others precision.
     """
 
     def __init__(self, linear, dtype, int8=False):
@@ -195,9 +206,9 @@ class LightLinear(nn.Module):
             with warnings.catch_warnings(action='ignore'):  # that these tensors may leave torch one day
                 rounded = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
             self.int8 = torch.ops.quantized.linear_prepack(rounded, bias)
-        if fbgemm:
+        if fbgemm and not (int8 and has_bfloat16()):
             self.float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-            dtype = torch.bfloat16
+        dtype = torch.bfloat16 if fbgemm else dtype
         if not fbgemm or has_bfloat16():
             self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
@@ -211,7 +222,8 @@ class LightLinear(nn.Module):
 
 def lighten(model, dtype, int8=False):
     """ Puts a LightLinear in the place of every Linear of `model`, which then can only compute. """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, LightLinear(child, dtype, int8))
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(model, name, LightLinear(child, dtype, int8))
+        else:
+            lighten(child, dtype, int8)

@@ -62,7 +62,7 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
         raise ValueError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
     if compile not in ('auto', True, False):
         raise ValueError(f"compile={compile!r} must be 'auto', True or False")
-    return device, dtype, kind == 'cuda' if compile == 'auto' else compile
+    return device, dtype, kind == 'cuda' and training if compile == 'auto' else compile
 
 
 def use_device(device, dtype):

@@ -103,9 +103,8 @@ class KVCache:
         self.k, self.v = (part.expand(B, -1, -1, -1).contiguous() for part in (self.k, self.v))
 
 
-def padding_mask(positions, pad, size):
-    """ The keys that tokens at `positions` (T,) read; rows begin with `pad` (B,) -> (B, 1, T, all). """
-    end = int(positions[-1]) + 1
+def padding_mask(positions, end, pad, size):
+    """ The keys that tokens at `positions` (T,) < `end` read in rows with `pad` (B,) -> (B, 1, T, all). """
     keys = torch.arange(max(0, end - size), end, device=pad.device)         # (all,) oldest first
     keys = keys.roll(end % size) if end > size else keys                    # as they lie in a full cache
     mask = (keys >= pad[:, None, None]) & (keys <= positions[:, None])      # (B, T, all)
@@ -210,9 +209,7 @@ class GPT(nn.Module):
         if not config.untied:
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
         if config.rotary:
-            cos, sin = rotations(config.block_size, config.n_embd // config.n_head)
-            self.register_buffer('cos', cos, persistent=False)
-            self.register_buffer('sin', sin, persistent=False)
+            self.register_rotations(config.block_size)
 
         # GPT-2: normal with std 0.02; each block adds to the residual stream twice, so those two
         # projections are scaled down for the sum over all of them to keep its variance
@@ -224,21 +221,26 @@ class GPT(nn.Module):
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)
 
+    def register_rotations(self, n):
+        """ The angles of `n` positions: block_size, or more, for a cache that rolls. """
+        for name, table in zip(('cos', 'sin'), rotations(n, self.config.n_embd // self.config.n_head)):
+            self.register_buffer(name, table.to(self.lm_head.weight.device), persistent=False)
+
     def get_num_params(self, non_embedding=True):
         """ The number of parameters; the position table is left out, the token table is the head's too. """
         return sum(p.numel() for name, p in self.named_parameters()
                    if not (non_embedding and name == 'transformer.wpe.weight'))
 
     def forward(self, idx, targets=None, cache=None, pad=None):
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f'{T} tokens are more than block_size={self.config.block_size}')
+        T, known = idx.shape[1], len(self.cos) if self.config.rotary else self.config.block_size
         before = cache[0].length if cache else 0
+        if T > self.config.block_size or before + T > known:
+            raise ValueError(f'{before + T} tokens are more than block_size={self.config.block_size}')
         assert T == 1 or not before, 'a cache that is not empty takes one token at a time'
         positions = torch.arange(before, before + T, device=idx.device)         # (T,)
         mask = None
         if pad is not None:
-            mask = padding_mask(positions, pad, cache[0].size if cache else T)
+            mask = padding_mask(positions, before + T, pad, cache[0].size if cache else T)
             positions = (positions - pad[:, None]).clamp(min=0)                 # (B, T)
         x, rotation = self.transformer.wte(idx), None                           # (B, T, C)
         if self.config.rotary:

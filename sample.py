@@ -11,6 +11,7 @@ Settings are the variables below: set them with --key=value, or in a file named 
 import json
 import os
 from contextlib import suppress
+from itertools import count
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch
 from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record, whole_file
 from checkpoint import load_checkpoint, load_weights
 from checks import check_sample
-from decode import complete, lighten, read_prompts
+from decode import complete, fitting, lighten, read_prompts
 from machine import choose_device, free_memory, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
 
@@ -71,7 +72,7 @@ with one_line_errors():
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
     if init_from == 'resume' or init_from not in GPT2_NAMES and (
             os.path.isfile(init_from) or init_from.endswith('.pt')):
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, mmap=True)
         model = GPT(GPTConfig(**checkpoint['model_args']))
         load_weights(model, checkpoint, path)
         dataset = checkpoint.get('config', {}).get('dataset')
@@ -97,46 +98,52 @@ if compile:
     model.compile()  # in place
 
 
-samples = []
+samples = {}  # by their numbers
 
 
-def add_samples(batch, show=False):
-    """ Continues the prompts `batch`, lists of ids, into `samples`, each with its own draws -> texts. """
-    numbers = range(len(samples), len(samples) + len(batch))
+def add_samples(numbers, prompts, show=False):
+    """ Continues lists of ids as the samples of these numbers, each with draws of its own -> their texts. """
     draws = [np.random.default_rng((seed, number)).random(max_new_tokens, np.float32) for number in numbers]
     texts, counts, seconds = complete(
-        model, decode, batch, torch.from_numpy(np.stack(draws)), stop, show, temperature=temperature,
+        model, decode, prompts, torch.from_numpy(np.stack(draws)), stop, show, temperature=temperature,
         top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, past_block=past_block,
         vocab_size=vocab_size)
-    samples.extend(dict(prompt=decode(ids), text=text, tokens=count, seconds=seconds)
-                   for ids, text, count in zip(batch, texts, counts))
+    for number, ids, text, tokens in zip(numbers, prompts, texts, counts):
+        samples[number] = dict(prompt=decode(ids), text=text, tokens=tokens, seconds=seconds)
     if out:
+        lines = [json.dumps(sample) + '\n' for _, sample in sorted(samples.items())]
         with whole_file(out) as temporary:
-            temporary.write_text(''.join(json.dumps(sample) + '\n' for sample in samples), encoding='utf-8')
+            temporary.write_text(''.join(lines), encoding='utf-8')
     return texts
 
 
-while interactive:
+if interactive:
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys; not on Windows
+for number in count() if interactive else ():
     try:
-        add_samples([tokenize(input('> '))], show=True)
-    except ValueError as error:
+        add_samples([number], [tokenize(input('> '))], show=True)
+    except (ValueError, OSError) as error:
         print(f'sample.py: {error}')
     except KeyboardInterrupt:  # ends the sample
         print()
     except EOFError:
+        print()
         break
 
-# as many at once as half of the free memory holds
+# at once go those that stay within the block, or are equally long, as many as half of the free memory holds
 todo = [ids for ids in prompts for _ in range(num_samples)]
-c, longest = model.config, max(map(len, prompts), default=0)
-each = 4 * (min(c.block_size, longest + max_new_tokens) * c.n_embd * (2 * c.n_layer + 20) + 8 * c.vocab_size)
-at_once = 1 if stream else max(1, int(free_memory(device.partition(':')[0]) / 2 / each))
-for i in range(0, len(todo), at_once):
-    batch = todo[i:i + at_once]
-    if stream:
-        print(decode(batch[0]), end='', flush=True)
-    texts = add_samples(batch, show=stream)
-    for ids, text in zip(batch, texts):
-        print(*([] if stream else [decode(ids) + text]), '-' * 15, sep='\n', flush=True)
+within = model.config.block_size - max_new_tokens
+kinds = [0 if stream or len(ids) <= within else len(ids) for ids in todo]
+for kind in sorted(set(kinds)):
+    numbers = [number for number in range(len(todo)) if kinds[number] == kind]
+    longest = max(len(todo[number]) for number in numbers) + max_new_tokens
+    at_once = 1 if stream else fitting(model, longest, free_memory(device.partition(':')[0]) / 2)
+    for i in range(0, len(numbers), at_once):
+        batch = [todo[number] for number in numbers[i:i + at_once]]
+        if stream:
+            print(decode(batch[0]), end='', flush=True)
+        with one_line_errors():
+            texts = add_samples(numbers[i:i + at_once], batch, show=stream)
+        for ids, text in zip(batch, texts):
+            print(*([] if stream else [decode(ids) + text]), '-' * 15, sep='\n', flush=True)

@@ -30,7 +30,7 @@ def by_hand(model, ids, n, past_block='exact'):
     ids, first, size = list(ids), 0, model.config.block_size
     for _ in range(n):
         if len(ids) - first > size:
-            first = len(ids) - (size if past_block == 'exact' else size // 2)
+            first = len(ids) - (size if past_block == 'exact' else (size + 1) // 2)
         logits, _ = model(torch.tensor([ids[first:]]), torch.zeros(1, len(ids) - first, dtype=torch.long))
         ids.append(int(logits[0, -1].argmax()))
     return ids[-n:]
@@ -62,14 +62,19 @@ def test_greedy_with_the_cache_is_greedy_without(seed, flags):
 
 @pytest.mark.parametrize('flags', FLAGS, ids=str)
 @pytest.mark.parametrize('past_block', ['exact', 'half'])
+@pytest.mark.parametrize('shape', [dict(), dict(block_size=25, n_layer=1)], ids=str)
 @torch.no_grad()
-def test_prompts_of_different_lengths_in_one_batch(past_block, flags):
-    model = make(**flags)
+def test_prompts_of_different_lengths_in_one_batch(past_block, flags, shape):
+    model = make(**flags, **shape)
     prompts = [[7], [1, 2, 3], list(range(20)), list(range(39, 1, -1))]
     texts, counts, _ = complete(model, lambda ids: ''.join(chr(65 + i) for i in ids), prompts,
                                 torch.zeros(4, 30), temperature=0, past_block='exact')
     for prompt, text, count in zip(prompts, texts, counts):
         assert text == ''.join(chr(65 + i) for i in by_hand(model, prompt, 30)) and count == 30
+    for cached in (True, False):  # padding makes equals of these
+        out = model.generate(torch.tensor([[7, 7, 7]] * 3), 40, temperature=0, pad=torch.tensor([2, 1, 0]),
+                             cached=cached)
+        assert [row[3:] for row in out.tolist()] == [by_hand(model, [7] * n, 40) for n in (1, 2, 3)]
     prompts = torch.tensor([prompts[2], prompts[2][::-1]])
     out = model.generate(prompts, 30, temperature=0, past_block=past_block)
     for row in out.tolist():
@@ -152,6 +157,24 @@ def test_equals_of_the_last_of_top_k_stay():
     both = torch.stack((logits[0], torch.tensor([3.0, 2.0, 1.9, 1.8, 1.0])))
     both = draw(both, torch.zeros(2), top_k=2)  # equals in a row change nothing in another
     assert both.tolist() == [3, 1]
+
+
+def test_logits_that_are_not_finite():
+    with pytest.raises(ValueError, match='not finite'):
+        draw(torch.tensor([[1.0, 2.0], [math.nan, 1.0]]), torch.zeros(2))
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert draw(logits, torch.zeros(1), temperature=1e-39).item() == 1
+
+
+@torch.no_grad()
+def test_more_tokens_than_the_model_knows_are_refused():
+    for flags in (dict(), dict(rotary=True)):
+        model = make(**flags)
+        cache = model.new_cache(100)
+        for _ in range(24):
+            model(torch.tensor([[1]]), cache=cache)
+        with pytest.raises(ValueError, match='25 tokens are more than block_size=24'):
+            model(torch.tensor([[1]]), cache=cache)
 
 
 def test_the_ends_of_the_uniforms():

@@ -168,7 +168,8 @@ BAD = [  # script, arguments, exit code, part of the line
         ('start', 'FILES:nothing*'), ('start', 'LINES:empty.txt'), ('out', 'nowhere/samples.jsonl')]),
     *(('sample.py', [f'--{name}={value}'], 1, f'{name}={value!r}') for name, value in [
         ('past_block', 'most'), ('past_block', 'roll'), ('quantize', 'int4')]),
-    ('sample.py', ['--interactive=True', '--start=-'], 1, 'interactive=True asks for prompts itself'),
+    ('sample.py', ['--interactive=True', '--start=the'], 1, 'interactive=True asks for prompts itself'),
+    ('sample.py', ['--out=out'], 1, 'out=out is no file'),
     ('sample.py', ['--start='], 1, 'the prompt is empty'),
     ('sample.py', ['--start=dog'], 1, "'dg' is not in the vocabulary"),
     ('sample.py', ['--start=FILE:nowhere.txt'], 1, 'nowhere.txt'),

@@ -62,6 +62,10 @@ def test_what_sample_py_can_be_asked_for(tmp_path, dataset, sample):
     asked, shown = sample('the cat\ndog\na\n', interactive=True)
     assert [one['prompt'] for one in asked] == ['the cat', 'a']  # what it cannot read does not end it
     assert "'dg' is not in the vocabulary" in shown and asked[1]['text'] in shown
+    together, _ = sample(start='LINES:c.txt', past_block='half', max_new_tokens=40)  # batches by length
+    for number, prompt in enumerate(('the cat', 'a', 'sat on')):
+        one, _ = sample(start=prompt, past_block='half', max_new_tokens=40, num_samples=3)
+        assert together[number]['prompt'] == prompt and together[number]['text'] == one[number]['text']
     greedy, _ = sample(start='the', temperature=0)
     assert text(sample(start='the', temperature=0, num_samples=2, seed=1)[0]) == text(greedy) * 2
     varied, _ = sample(start='the', temperature=0, repetition_penalty=1e9, max_new_tokens=6)
