@@ -3,8 +3,7 @@ Makes a Hugging Face directory of a checkpoint: weights, tokenizer, and a card t
 
     python export.py --out_dir=out-python-char --hf_dir=out-python-char/hf
 
-The classic architecture becomes a GPT2LMHeadModel, with biases of zero where it has none; rotary, rmsnorm,
-qk_norm and untied together a NanoChatForCausalLM. Nothing in transformers computes what is between.
+The classic model becomes a GPT2LMHeadModel; rotary, rmsnorm, qk_norm and untied, a NanoChatForCausalLM.
 """
 import base64
 import math
@@ -97,7 +96,6 @@ def card(checkpoint, model, name):
     config = checkpoint.get('config', {})
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
 ---
 # {name}
 
@@ -131,7 +129,9 @@ with one_line_errors():
     temporary = Path(f'{hf_dir}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        (to_nanochat if newer else to_gpt2)(model, vocab_size, end).save_pretrained(temporary)
+        theirs = (to_nanochat if newer else to_gpt2)(model, vocab_size, end)
+        theirs.generation_config.max_new_tokens = model.config.block_size // 2  # GPT-2 ends at its block
+        theirs.save_pretrained(temporary)
         if record:
             to_tokenizer(record, model.config.block_size).save_pretrained(temporary)
         (temporary / 'README.md').write_text(card(checkpoint, model, Path(hf_dir).name), encoding='utf-8')

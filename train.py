@@ -29,6 +29,7 @@ from checkpoint import load_checkpoint, load_optimizers, load_weights, newest_ch
 from checks import check_fit, check_train
 from machine import Signals, choose_device, explain, fetch, join_processes, leave, peak_flops, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
+from report import Log, in_other_units
 from update import clip_and_step
 
 # -----------------------------------------------------------------------------
@@ -265,12 +266,9 @@ def get_lr(it):
 # -----------------------------------------------------------------------------
 # the loop
 
-log = lambda values: None  # stands in for wandb when it is off
-if wandb_log and master_process:
-    import wandb
-    log = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=identity['run_id'],
-                     resume='allow').log
 fresh, first_iter, saved_iter = init_from != 'resume', iter_num, iter_num
+with one_line_errors():
+    log = Log(config, identity['run_id'], iter_num, not fresh, master_process)  # log.csv and wandb
 
 
 def save(path):
@@ -320,8 +318,9 @@ while True:
             losses = estimate_loss()
             val_loss = losses[eval_split]
             say(f"step {iter_num}: train loss {losses['train']:.4f}, {eval_split} loss {val_loss:.4f}")
-            log({'iter': iter_num, 'lr': lr, 'mfu': running_mfu * 100,
-                 **{f'{split}/loss': loss for split, loss in losses.items()}})
+            log.evaluated(iter_num, losses, lr, running_mfu)
+            if eval_only:
+                say(in_other_units(val_loss, tokenizer, data[eval_split]))
             if improved := val_loss < best_val_loss:
                 best_val_loss, path = val_loss, ckpt_path
             new = iter_num > first_iter or improved and iter_num  # the latter: it had stopped just before
@@ -330,6 +329,7 @@ while True:
             save(path)
         clock = time.perf_counter()
     if finished or eval_only or stopping:
+        log.write(iter_num, tokens_per_iter, seconds)
         break
 
     # 3. gradients of this process's micro-batches, reduced over the processes after the last of them
@@ -367,8 +367,11 @@ while True:
         say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
             f'{tokens_per_iter / dt:,.0f} tokens/s, '
             f'{timedelta(seconds=round(dt * (max_iters - iter_num - 1)))} left, grad norm {normf:.4f}')
+        log.trained(seconds, loss=lossf, lr=lr, grad_norm=normf, tokens_per_second=tokens_per_iter / dt,
+                    mfu=running_mfu)
         seconds, timed = 0.0, 0
         clock = time.perf_counter()
+    log.write(iter_num, tokens_per_iter, seconds)
 
     # 6. what the iteration reported, on CUDA the one before: a signal to any process, numbers that went bad
     iter_num += 1

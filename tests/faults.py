@@ -6,8 +6,9 @@ Kills training runs with kill -9 at random moments, resumes them, and compares w
 A round is one of several kinds of run: one process or two under torchrun; always saving, or the best; in
 float32, or float16 with its scaler; some with saves made slow, so that they are hit as well. It is killed
 one to three times, then left to end. Its checkpoints must be bit-identical to those of a run of that kind
-that nobody touched.
+that nobody touched, and its log.csv the same but for the times.
 """
+import csv
 import os
 import signal
 import subprocess
@@ -23,6 +24,10 @@ import zygote
 
 torch.set_num_threads(1)  # a fork must not find threads of OpenMP that stayed behind
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import newest_checkpoint  # noqa: E402
+
 KINDS = [  # processes, seconds that a save takes more, settings
     (1, 0.1, dict(always_save_checkpoint=False)),
     (2, 0, dict(always_save_checkpoint=False)),
@@ -34,7 +39,7 @@ KINDS = [  # processes, seconds that a save takes more, settings
 SETTINGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=3,
                 dropout=0.1, eval_iters=2, eval_interval=7, checkpoint_interval=3, max_iters=20,
                 lr_decay_iters=20, warmup_iters=2, learning_rate=1e-2, min_lr=1e-3, device='cpu',
-                compile=False, dtype='float32', log_interval=0, init_from='auto')
+                compile=False, dtype='float32', log_interval=2, init_from='auto')
 
 
 def make_dataset(folder):
@@ -86,8 +91,10 @@ def kill(wait, pid):
 
 def differences(a, b):
     """ What differs between two folders of checkpoints, bit by bit, but for the names of runs. """
-    found = []
-    for name in ('ckpt.pt', 'ckpt_last.pt'):
+    found, names = [], ['ckpt.pt', 'ckpt_last.pt']
+    if (a / names[1]).exists() and not (b / names[1]).exists() and newest_checkpoint(a) == a / names[0]:
+        names.pop()  # a kill just before it was to be removed: it is older, and nothing reads it
+    for name in names:
         if (a / name).exists() != (b / name).exists():
             found.append(f'{name} is in one of them')
         elif (a / name).exists():
@@ -97,6 +104,17 @@ def differences(a, b):
                     torch.testing.assert_close(x[key], y[key], rtol=0, atol=0)
                 except AssertionError as error:
                     found.append(f'{name}, {key}: {str(error).splitlines()[0]}')
+    logs = []
+    for folder in (a, b):
+        with open(folder / 'log.csv', newline='') as f:
+            rows = list(csv.DictReader(f))
+        logs.append([{name: row[name] for name in ('iter', 'tokens', 'loss', 'train_loss', 'val_loss', 'lr',
+                                                   'grad_norm')} for row in rows])
+        seconds = [float(row['seconds']) for row in rows]
+        if seconds != sorted(seconds):
+            found.append(f'log.csv: {seconds}')
+    if logs[0] != logs[1]:
+        found.append(f'log.csv: {len(logs[0])} rows, {len(logs[1])} expected')
     return found
 
 

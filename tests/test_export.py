@@ -39,6 +39,7 @@ def test_an_export_says_what_the_checkpoint_says(tmp_path, dataset, script_globa
     continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
                                 max_new_tokens=13)
     assert continued.tolist() == model.generate(prompt, 13, temperature=0).tolist()
+    assert theirs.generate(prompt).shape == (1, 3 + 8)  # half a block
     assert '| learning_rate | `0.01` |' in (tmp_path / 'out/hf/README.md').read_text()
     assert not list(tmp_path.glob('out/*.tmp'))
     with pytest.raises(SystemExit, match='hf is there already'):

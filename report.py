@@ -1,0 +1,79 @@
+"""
+What a run reports beside its lines: out_dir/log.csv, Weights & Biases, and a loss in other units.
+"""
+import csv
+import math
+from pathlib import Path
+
+from bins import get_tokenizer, whole_file
+
+COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm',
+           'tokens_per_second', 'mfu')
+
+
+class Log:
+    """
+    log.csv has a row for each iteration that was logged or evaluated: the tokens trained on before it; the
+    seconds of all iterations up to its end, over all resumes; the loss of its batch and its evaluations,
+    in nats a token; the learning rate; the norm of the gradients; tokens a second; MFU from 0 to 1.
+
+    A fresh run replaces the file; one that resumes cuts off what is from its iteration on, and appends. Not
+    `active`: does nothing, as in all processes but the first. With `config` of wandb_log evaluations also go
+    to Weights & Biases, into the run `run_id`.
+    """
+
+    def __init__(self, config, run_id, iter_num, resume, active):
+        self.path = Path(config['out_dir'], 'log.csv') if active and not config['eval_only'] else None
+        self.row, self.seconds, self.wandb = {}, 0.0, None
+        if self.path:
+            rows = []
+            if resume and self.path.exists():
+                with open(self.path, encoding='utf-8', newline='') as f:
+                    rows = [row for row in csv.DictReader(f) if None not in row.values()  # half a row
+                            and row['iter'].isdigit() and int(row['iter']) < iter_num]
+            self.seconds = float(rows[-1]['seconds']) if rows else 0.0
+            with whole_file(self.path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
+                writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore', lineterminator='\n')
+                writer.writeheader()
+                writer.writerows(rows)
+        if active and config['wandb_log']:
+            import wandb
+            self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'],
+                                    config=config, id=run_id, resume='allow')
+
+    def evaluated(self, it, losses, lr, mfu):
+        """ Takes {split: mean loss} of the model before iteration `it`. """
+        evaluated = next(split for split in (*losses, 'train') if split != 'train')
+        self.row.update(train_loss=losses['train'], val_loss=losses[evaluated], lr=lr)
+        if self.wandb:
+            self.wandb.log({'iter': it, 'lr': lr, 'mfu': mfu * 100,
+                            **{f'{split}/loss': loss for split, loss in losses.items()}})
+
+    def trained(self, seconds, **values):
+        """ Takes columns of this iteration's row, and the seconds since the last that was logged. """
+        self.seconds += seconds
+        self.row.update(values, mfu=values['mfu'] if values['mfu'] >= 0 else '')
+
+    def write(self, it, tokens, seconds):
+        """ Appends the row of iteration `it`, if there is one; `seconds` are those not logged yet. """
+        if self.path and self.row:
+            row = {'iter': it, 'tokens': it * tokens, 'seconds': self.seconds + seconds, **self.row}
+            row = [f'{value:.6g}' if isinstance(value, float) else value
+                   for value in (row.get(name, '') for name in COLUMNS)]
+            try:
+                with open(self.path, 'a', encoding='utf-8', newline='') as f:
+                    csv.writer(f, lineterminator='\n').writerow(row)
+            except OSError as error:
+                print(f'WARNING: log.csv lacks iteration {it}: {error}', flush=True)
+        self.row = {}
+
+
+def in_other_units(loss, record, ids):
+    """ A loss in nats a token as perplexity, and where the tokenizer is known as bits a byte of the text. """
+    text = f'perplexity {math.exp(min(loss, 700)):.4g} a token'
+    try:
+        _, decode, _, _ = get_tokenizer(record)
+        ids = ids[:2**20].tolist()
+        return f'{text}, {loss / math.log(2) * len(ids) / len(decode(ids).encode()):.4f} bits a byte'
+    except (OSError, TypeError):  # no network, or no tokenizer
+        return text
