@@ -128,7 +128,7 @@ def test_a_run_that_only_got_worse_has_no_best_model(tmp_path, dataset):
     _, _, out = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='worse', decay_lr=False,
                       learning_rate=1.0, always_save_checkpoint=False, max_iters=3)
     assert 'sample.py --init_from=worse/ckpt_last.pt' in out
-    assert [path.name for path in (tmp_path / 'worse').iterdir()] == ['ckpt_last.pt']
+    assert [path.name for path in (tmp_path / 'worse').glob('*.pt*')] == ['ckpt_last.pt']
 
 
 def test_a_model_without_a_loss_does_not_replace_one_that_had_one(tmp_path, dataset):
