@@ -42,9 +42,8 @@ class Log:
                                     config=config, id=run_id, resume='allow')
 
     def evaluated(self, it, losses, lr, mfu):
-        """ Takes {split: mean loss} of the model before iteration `it`. """
-        evaluated = next(split for split in (*losses, 'train') if split != 'train')
-        self.row.update(train_loss=losses['train'], val_loss=losses[evaluated], lr=lr)
+        """ Takes {split: mean loss}, eval_split last, of the model before iteration `it`. """
+        self.row.update(train_loss=losses['train'], val_loss=[*losses.values()][-1], lr=lr)
         if self.wandb:
             self.wandb.log({'iter': it, 'lr': lr, 'mfu': mfu * 100,
                             **{f'{split}/loss': loss for split, loss in losses.items()}})

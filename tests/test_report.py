@@ -3,7 +3,7 @@ import csv
 import math
 
 import pytest
-from conftest import train
+from conftest import SMALL, run, train
 
 
 def rows_of(folder):
@@ -43,6 +43,9 @@ def test_one_row_for_each_iteration_that_was_logged_or_evaluated(tmp_path, datas
 def test_eval_only_says_the_loss_in_other_units(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=5)
     _, steps, out = train(tmp_path, dataset, max_iters=5, eval_only=True, init_from='resume')
+    only, _ = run('train.py', cwd=tmp_path, **{**SMALL, 'dataset': dataset, 'eval_only': True,
+                                               'eval_split': 'train', 'init_from': 'resume'})
+    assert 'perplexity' in only
     words = out.split('perplexity ')[1].split()
     assert float(words[0]) == pytest.approx(math.exp(steps[5][1]), rel=1e-3)
     assert float(words[3]) == pytest.approx(steps[5][1] / math.log(2), rel=1e-3)  # a character is a byte here
