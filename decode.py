@@ -188,7 +188,7 @@ class LightLinear(nn.Module):
     """
     A Linear that only computes. A new token needs every weight once, so it takes as long as they take to
     read: here from 16 bits, or 8, multiplied in float32 where the device is a CPU with FBGEMM. Long prompts
-    take as long as the products: in bfloat16, where that CPU has it.
+    take as long as the products: in bfloat16 where that CPU has it, else in float32.
 
     With `int8` a row's weights are whole numbers times the row's largest / 127, and what they are multiplied
     with is rounded too, to 7 bits of the batch's range: 8 overflow without VNNI. This is for a token at a
@@ -208,16 +208,16 @@ class LightLinear(nn.Module):
             self.int8 = torch.ops.quantized.linear_prepack(rounded, bias)
         if fbgemm and not (int8 and has_bfloat16()):
             self.float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        dtype = torch.bfloat16 if fbgemm else dtype
-        if not fbgemm or has_bfloat16():
-            self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.dtype = dtype if not fbgemm else torch.bfloat16 if has_bfloat16() else torch.float32
+        self.weight = weight.to(torch.float16 if fbgemm and not has_bfloat16() else self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
 
     def forward(self, x):
         if self.int8 is not None and x.shape[1] == 1:
             return torch.ops.quantized.linear_dynamic(x.float(), self.int8, True)  # True: 7 bits of x
-        if self.float16 is not None and (x.shape[1] < 32 or self.weight is None):
+        if self.float16 is not None and x.shape[1] < 32:
             return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.float16)
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(x.to(self.dtype), self.weight.to(self.dtype), self.bias)
 
 
 def lighten(model, dtype, int8=False):
