@@ -1,10 +1,12 @@
 """
-How fast a training step is, and a token when sampling, and how far from the hardware's limit.
+How fast a training step is, and a token when sampling, how far from the hardware's limit, and what a model of
+some size will cost.
 
     python bench.py --batch_size=12 --block_size=1024
     python bench.py config/train_shakespeare_char_cpu_fast.py
     python bench.py --mode=compare      ratios: number formats, optimizers, loading, on a GPU also compile
     python bench.py --mode=sample       tokens a second, beside Hugging Face's generate and the way of nanoGPT
+    python bench.py --mode=estimate --n_layer=24 --n_head=16 --n_embd=1024     parameters, memory, days
     python bench.py --profile=True      and open ./bench_log/*.json in chrome://tracing or TensorBoard
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
@@ -24,13 +26,17 @@ import torch
 from bins import load_meta, one_line_errors, open_bin, windows
 from checks import check_bench
 from decode import lighten, next_tokens
-from machine import choose_device, explain, has_fbgemm, peak_flops, use_device
+from machine import GPU_PEAKS, choose_device, explain, has_fbgemm, peak_flops, use_device
 from model import GPT, GPTConfig
+from report import memory_of_training
 from update import clip_and_step
 
 # -----------------------------------------------------------------------------
-mode = 'step'            # step: this one; compare: what each choice brings; sample: tokens a second
+mode = 'step'            # step: this one; compare: what each choice brings; sample: tokens a second;
+                         # estimate: sizes, computed for a model that is never made
 batch_size = 12          # sequences a step
+gradient_accumulation_steps = 40  # of mode estimate: micro-batches an iteration
+max_iters = 600000       # of mode estimate: iterations of the run
 block_size = 1024        # tokens a sequence
 bias = False             # in linear layers and layer norms
 n_layer = 12
@@ -62,7 +68,7 @@ with one_line_errors():
     meta = load_meta(dataset) if real_data else None
     vocab_size = meta['vocab_size'] if meta else 50304
     data = None
-    if real_data and mode != 'sample':
+    if real_data and mode not in ('sample', 'estimate'):
         try:
             data = open_bin(dataset, 'train', block_size, vocab_size)
         except FileNotFoundError as error:
@@ -195,14 +201,36 @@ def bench_sampling():
                 for other in (('transformers', B), ('uncached float32', 1)) if other in speeds), sep=', ')
 
 
+def estimate():
+    """ Prints what a model of this size is, what training takes in memory, and what a run takes in time. """
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    parts = {'token table': '.wte.', 'position table': '.wpe.', 'attention': '.attn.', 'MLP': '.mlp.',
+             'norms': '.ln_', 'head': 'lm_head.'}
+    for part, key in parts.items():
+        print(f'  {part:15}{sum(n for name, n in sizes.items() if key in name):15,} parameters')
+    N = sum(sizes.values())
+    memory = memory_of_training(gpt_config, batch_size, dtype, muon_lr > 0)
+    print(f'  {"in all":15}{N:15,}, a checkpoint of {(memory["weights"] + memory["moments"]) / 1e6:,.1f} MB')
+    print(f'memory, {batch_size} x {block_size} tokens a micro-batch, {dtype}, not compiled:')
+    for name, n in memory.items():
+        print(f'  {name:30}{n / 1e6:12,.1f} MB')
+    tokens, flops = gradient_accumulation_steps * batch_size * block_size, model.flops_per_token(block_size)
+    print(f'an iteration: {tokens:,} tokens, {flops * tokens / 1e12:,.4g} TFLOP')
+    runs = {f'max_iters={max_iters:,}': max_iters * tokens, '20 a parameter, arXiv 2203.15556': 20 * N}
+    for name, D in runs.items():
+        days = [f'{gpu} {flops * D / peak / 0.4 / 86400:,.3g}' for gpu, peak in GPU_PEAKS.items()]
+        print(f'{D / 1e9:,.4g} billion tokens ({name}), {flops * D:.4g} FLOP; days on one GPU at 40% of its '
+              f'peak: {", ".join(days)}')
+
+
 # say what will be measured, and how long it will take where that is long
 with torch.device('meta'):
     model = GPT(gpt_config)  # to be counted: without memory
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
       f'{torch.get_num_threads()} threads')
-if mode == 'sample':
-    bench_sampling()
+if mode in ('sample', 'estimate'):
+    bench_sampling() if mode == 'sample' else estimate()
     sys.exit()
 peak, peak_source = peak_flops(device_type, dtype)
 tokens = batch_size * block_size

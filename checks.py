@@ -99,10 +99,10 @@ def check_bench(settings):
     """ The rules for bench.py. """
     s = SimpleNamespace(**settings)
     _raise_first([
-        (s.mode not in ('step', 'compare', 'sample'),
-         f"mode={s.mode!r} must be 'step', 'compare' or 'sample'"),
-        (s.max_new_tokens < 1, f'max_new_tokens={s.max_new_tokens} must be at least 1'),
-        (s.batch_size < 1, f'batch_size={s.batch_size} must be at least 1'),
+        (s.mode not in ('step', 'compare', 'sample', 'estimate'),
+         f"mode={s.mode!r} must be 'step', 'compare', 'sample' or 'estimate'"),
+        *((settings[name] < 1, f'{name}={settings[name]} must be at least 1')
+          for name in ('max_new_tokens', 'batch_size', 'gradient_accumulation_steps', 'max_iters')),
         *_of_all(s),
     ])
 

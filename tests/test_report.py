@@ -3,7 +3,13 @@ import csv
 import math
 
 import pytest
+import torch
 from conftest import SMALL, run, train
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig
+from report import memory_of_training
 
 
 def rows_of(folder):
@@ -72,3 +78,42 @@ def test_plot_says_what_is_wrong(tmp_path, dataset, script_globals):
                                          (('empty',), dict(file='a.doc'), 'a.doc')):
         with pytest.raises(SystemExit, match=message):
             script_globals('plot.py', *arguments, **settings)
+
+
+SHAPE = dict(n_layer=3, n_head=2, n_embd=128, block_size=32, batch_size=4)
+
+
+@pytest.mark.parametrize('flags', [{}, dict(bias=True), dict(rotary=True, untied=True, muon_lr=0.01)])
+def test_estimates_are_those_of_a_real_run(tmp_path, dataset, flags):
+    settings = {**SMALL, **SHAPE, **flags, 'dataset': dataset, 'max_iters': 2}
+    run('train.py', cwd=tmp_path, **{**settings, 'learning_rate': 1e-3, 'min_lr': 0})
+    wanted = {key: settings[key] for key in (*SHAPE, *flags, 'dataset', 'max_iters')}
+    out, _ = run('bench.py', cwd=tmp_path, mode='estimate', device='cpu', dtype='float32', **wanted)
+    lines = [line.split() for line in out.splitlines()]
+    parts = [int(line[-2].replace(',', '')) for line in lines if line[-1] == 'parameters']
+    total, size = next((line[2], line[-2]) for line in lines if line[:2] == ['in', 'all'])
+    checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    numbers = {p.data_ptr(): p.numel() for p in checkpoint['model'].values()}  # a tied table counts once
+    assert sum(parts) == sum(numbers.values()) == int(total[:-1].replace(',', ''))
+    real = (tmp_path / 'out/ckpt.pt').stat().st_size
+    assert float(size.replace(',', '')) * 1e6 == pytest.approx(real, rel=0.02)
+
+
+def test_memory_and_flops_are_those_of_a_real_step():
+    config = GPTConfig(vocab_size=50, bias=True, **{key: SHAPE[key] for key in SHAPE if key != 'batch_size'})
+    memory = memory_of_training(config, 4, 'float32')
+    torch.manual_seed(0)
+    model, kept = GPT(config), {}
+    idx = torch.randint(50, (4, 32))
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        logits, loss = model(idx, idx)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {idx.data_ptr()}
+    real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    assert memory['activations'] == pytest.approx(real + logits.nbytes, rel=0.01)
+    assert memory['weights'] == memory['gradients'] == 4 * sum(p.numel() for p in model.parameters())
+    assert memory['moments'] == pytest.approx(2 * memory['weights'], rel=0.01)
+    assert memory['at most at once'] > sum(memory[key] for key in ('weights', 'moments', 'activations'))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it skips the CPU's own
+        model(idx, idx)[1].backward()
+    assert model.flops_per_token(32) * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
