@@ -1,12 +1,15 @@
 """
-What a run reports beside its lines: out_dir/log.csv, Weights & Biases, a loss in other units, and before it
-the memory that it will take.
+What a run reports beside its lines: before it, what it will do and the memory that it will take; then
+out_dir/log.csv, Weights & Biases, and its loss in other units.
 """
 import csv
 import math
 import weakref
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +22,38 @@ COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 
            'tokens_per_second', 'mfu')
 
 
+def plan(config, model, train_tokens, iter_num, processes, peak, peak_source):
+    """ What a run will do, in lines; `config` has its settings, as resolved. `processes` 0: no torchrun. """
+    s = SimpleNamespace(**config)
+    tokens, iters = s.gradient_accumulation_steps * s.batch_size * s.block_size, s.max_iters - iter_num
+    yield f'tokens per iteration will be: {tokens:,}'
+    yield f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
+    yield str(model.config)
+    yield (f'device: {s.device}, {s.dtype}, {"compiled" if s.compile else "not compiled"}, '
+           f'{f"{processes} processes over {s.backend}" if processes else "1 process"}, '
+           f'{"Muon and " if s.muon_lr else ""}AdamW')
+    yield f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}'
+    if iters > 0 and not s.eval_only:
+        seconds = iters * tokens * model.flops_per_token(s.block_size) / peak / max(1, processes) / 0.3
+        yield (f'{iters:,} iterations: {iters * tokens:,} tokens, {iters * tokens / train_tokens:.3g} '
+               f'epochs, about {timedelta(seconds=round(seconds))} at an mfu of 30%, and evaluations')
+        yield f'checkpoints and log.csv go to {s.out_dir}'
+
+
+def continuations(model, record, ids, seed):
+    """ Three texts of 100 tokens, drawn after the first 16 of `ids`; none where there is no tokenizer. """
+    from decode import complete
+    try:
+        _, decode, vocab_size, _ = get_tokenizer(record)
+    except (OSError, TypeError):
+        return []
+    draws = torch.from_numpy(np.random.default_rng(seed).random((3, 100), np.float32))
+    model.eval()
+    texts, _, _ = complete(model, decode, [ids[:16].tolist()] * 3, draws, vocab_size=vocab_size, top_k=200)
+    model.train()
+    return texts
+
+
 class Log:
     """
     log.csv has a row for each iteration that was logged or evaluated: the tokens trained on before it; the
@@ -27,7 +62,7 @@ class Log:
 
     A fresh run replaces the file; one that resumes cuts off what is from its iteration on, and appends. Not
     `active`: does nothing, as in all processes but the first. With `config` of wandb_log evaluations also go
-    to Weights & Biases, into the run `run_id`.
+    to Weights & Biases, into the run `run_id`, with samples in a table.
     """
 
     def __init__(self, config, run_id, iter_num, resume, active):
@@ -48,13 +83,16 @@ class Log:
             import wandb
             self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'],
                                     config=config, id=run_id, resume='allow')
+            self.wandb.define_metric('*', step_metric='iter')
 
-    def evaluated(self, it, losses, lr, mfu):
-        """ Takes {split: mean loss}, eval_split last, of the model before iteration `it`. """
+    def evaluated(self, it, losses, lr, mfu, sample):
+        """ Takes {split: mean loss}, eval_split last, and sample() -> texts, of the model before `it`. """
         self.row.update(train_loss=losses['train'], val_loss=[*losses.values()][-1], lr=lr)
         if self.wandb:
+            from wandb import Table
             self.wandb.log({'iter': it, 'lr': lr, 'mfu': mfu * 100,
-                            **{f'{split}/loss': loss for split, loss in losses.items()}})
+                            **{f'{split}/loss': loss for split, loss in losses.items()},
+                            'samples': Table(['iter', 'text'], [[it, text] for text in sample()])})
 
     def trained(self, seconds, **values):
         """ Takes columns of this iteration's row, and the seconds since the last that was logged. """

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
 
 from bins import load_meta, one_line_errors, open_bin, tokenizer_record, windows
 from checkpoint import load_checkpoint, load_optimizers, load_weights, newest_checkpoint, save_checkpoint
 from checks import check_fit, check_train
 from machine import Signals, choose_device, explain, fetch, join_processes, leave, peak_flops, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
-from report import Log, in_other_units
+from report import Log, continuations, in_other_units, plan
 from update import clip_and_step
 
 # -----------------------------------------------------------------------------
@@ -178,12 +179,8 @@ with one_line_errors():
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 peak, peak_source = peak_flops(device_type, dtype)
-say(f'tokens per iteration will be: {tokens_per_iter:,}')
-say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M\n{raw_model.config}')
-say(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
-    f'{f"{world_size} processes over {backend}" if ddp else "1 process"}, '
-    f'{"Muon and " if muon_lr else ""}AdamW')
-say(f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}')
+for line in plan(config, raw_model, len(data['train']), iter_num, ddp and world_size, peak, peak_source):
+    say(line)
 
 model = torch.compile(raw_model) if compile else raw_model
 bare_model = model  # without DDP around it: what is evaluated
@@ -235,7 +232,8 @@ def estimate_loss():
     for split in data:
         n = count_windows(split) if eval_iters == -1 else eval_iters * batch_size
         losses, weights = [torch.zeros((), device=device)], [0]
-        for index in range(rank, math.ceil(n / batch_size), world_size):
+        for index in tqdm(range(rank, math.ceil(n / batch_size), world_size), f'loss of {split}', delay=2,
+                          leave=False, disable=None if master_process else True):
             x, y = get_batch(split, index)
             with autocast:
                 _, loss = bare_model(x, y)
@@ -296,7 +294,7 @@ running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
 reports, bad_steps, stopping = [], 0, False
 signals = Signals()  # from here on the iteration is finished first
-clock = time.perf_counter()
+clock = begin = time.perf_counter()
 
 while True:
     # 1. the learning rate
@@ -318,7 +316,8 @@ while True:
             losses = estimate_loss()
             val_loss = losses[eval_split]
             say(f"step {iter_num}: train loss {losses['train']:.4f}, {eval_split} loss {val_loss:.4f}")
-            log.evaluated(iter_num, losses, lr, running_mfu)
+            log.evaluated(iter_num, losses, lr, running_mfu,
+                          lambda: continuations(raw_model, tokenizer, data[eval_split], seed))
             if eval_only:
                 say(in_other_units(val_loss, tokenizer, data[eval_split]))
             if improved := val_loss < best_val_loss:
@@ -396,5 +395,6 @@ elif iter_num == first_iter and not eval_only:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
 elif not eval_only:
     where = f'out_dir={out_dir}' if ckpt_path.exists() else f'init_from={last_path}'
-    say(f'best val loss {best_val_loss:.4f}; try: python sample.py --{where}')
+    say(f'{iter_num - first_iter:,} iterations in {timedelta(seconds=round(time.perf_counter() - begin))}, '
+        f'best val loss {best_val_loss:.4f}; try: python sample.py --{where}')
 leave(signals.exit_code if stopping else 0, ddp)

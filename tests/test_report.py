@@ -117,3 +117,14 @@ def test_memory_and_flops_are_those_of_a_real_step():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it skips the CPU's own
         model(idx, idx)[1].backward()
     assert model.flops_per_token(32) * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_run_says_what_it_will_do_and_what_it_did(tmp_path, dataset):
+    _, steps, out = train(tmp_path, dataset, gradient_accumulation_steps=2)
+    assert ('\n20 iterations: 2,560 tokens, 0.427 epochs, about 0:00:' in out
+            and '\ncheckpoints and log.csv go to out\n' in out)
+    best = min(val for _, val in steps.values())
+    assert '\n20 iterations in 0:00:0' in out
+    assert out.endswith(f', best val loss {best:.4f}; try: python sample.py --out_dir=out\n')
+    _, _, out = train(tmp_path, dataset, gradient_accumulation_steps=2, init_from='resume', max_iters=25)
+    assert '\n5 iterations: 640 tokens, ' in out and '\n5 iterations in ' in out

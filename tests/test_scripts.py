@@ -223,9 +223,12 @@ def test_wandb_offline(tmp_path, dataset, script_globals, monkeypatch):
     assert len(runs) == 2  # two parts of one run
     import wandb
     logged = []
-    monkeypatch.setattr(wandb, 'init', lambda **kwargs: types.SimpleNamespace(log=logged.append))
+    monkeypatch.setattr(wandb, 'init', lambda **kwargs: types.SimpleNamespace(
+        log=logged.append, define_metric=lambda *_, **__: None))
     script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 2, 'wandb_log': True})
-    assert [set(values) for values in logged] == [{'iter', 'train/loss', 'val/loss', 'lr', 'mfu'}] * 2
+    keys = {'iter', 'train/loss', 'val/loss', 'lr', 'mfu', 'samples'}
+    assert [set(values) for values in logged] == [keys] * 2
+    assert [(it, len(text)) for it, text in logged[1]['samples'].data] == [(2, 100)] * 3
 
 
 def test_a_hugging_face_directory_brings_its_tokenizer(tmp_path):
