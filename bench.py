@@ -28,7 +28,6 @@ from checks import check_bench
 from decode import lighten, next_tokens
 from machine import GPU_PEAKS, choose_device, explain, has_fbgemm, peak_flops, use_device
 from model import GPT, GPTConfig
-from report import memory_of_training
 from update import clip_and_step
 
 # -----------------------------------------------------------------------------
@@ -68,11 +67,11 @@ with one_line_errors():
     meta = load_meta(dataset) if real_data else None
     vocab_size = meta['vocab_size'] if meta else 50304
     data = None
-    if real_data and mode not in ('sample', 'estimate'):
+    if real_data and mode != 'sample':
         try:
             data = open_bin(dataset, 'train', block_size, vocab_size)
         except FileNotFoundError as error:
-            print(f'{error}; measuring with random tokens')
+            print(f'{error}; here random tokens of a vocabulary of {vocab_size:,} take its place')
     names = {field.name for field in fields(GPTConfig)}
     gpt_config = GPTConfig(vocab_size=vocab_size, **{key: config[key] for key in config if key in names})
 
@@ -203,24 +202,26 @@ def bench_sampling():
 
 def estimate():
     """ Prints what a model of this size is, what training takes in memory, and what a run takes in time. """
+    from memory import memory_of_training
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     parts = {'token table': '.wte.', 'position table': '.wpe.', 'attention': '.attn.', 'MLP': '.mlp.',
              'norms': '.ln_', 'head': 'lm_head.'}
     for part, key in parts.items():
         print(f'  {part:15}{sum(n for name, n in sizes.items() if key in name):15,} parameters')
     N = sum(sizes.values())
-    memory = memory_of_training(gpt_config, batch_size, dtype, muon_lr > 0)
+    memory = memory_of_training(gpt_config, batch_size, gradient_accumulation_steps, dtype, muon_lr > 0)
     print(f'  {"in all":15}{N:15,}, a checkpoint of {(memory["weights"] + memory["moments"]) / 1e6:,.1f} MB')
-    print(f'memory, {batch_size} x {block_size} tokens a micro-batch, {dtype}, not compiled:')
+    print(f'memory, {batch_size} x {block_size} tokens a micro-batch, {dtype}, not compiled, as on a CPU:')
     for name, n in memory.items():
-        print(f'  {name:30}{n / 1e6:12,.1f} MB')
+        print(f'  {name:36}{n / 1e6:12,.1f} MB')
     tokens, flops = gradient_accumulation_steps * batch_size * block_size, model.flops_per_token(block_size)
     print(f'an iteration: {tokens:,} tokens, {flops * tokens / 1e12:,.4g} TFLOP')
-    runs = {f'max_iters={max_iters:,}': max_iters * tokens, '20 a parameter, arXiv 2203.15556': 20 * N}
+    runs = {f'max_iters={max_iters:,}': max_iters * tokens, '20 a parameter (arXiv 2203.15556)': 20 * N}
     for name, D in runs.items():
-        days = [f'{gpu} {flops * D / peak / 0.4 / 86400:,.3g}' for gpu, peak in GPU_PEAKS.items()]
-        print(f'{D / 1e9:,.4g} billion tokens ({name}), {flops * D:.4g} FLOP; days on one GPU at 40% of its '
-              f'peak: {", ".join(days)}')
+        print(f'{name}: {D / 1e9:,.4g} billion tokens, {flops * D:.4g} FLOP')
+    print('days of each on one GPU, at 40% of its 16-bit peak:')
+    for gpu, peak in GPU_PEAKS.items():
+        print(f'  {gpu:10}', *(f'{flops * D / peak / 0.4 / 86400:12,.3g}' for D in runs.values()))
 
 
 # say what will be measured, and how long it will take where that is long

@@ -188,7 +188,7 @@ class LightLinear(nn.Module):
     """
     A Linear that only computes. A new token needs every weight once, so it takes as long as they take to
     read: here from 16 bits, or 8, multiplied in float32 where the device is a CPU with FBGEMM. Long prompts
-    take as long as the products: in bfloat16 where that CPU has it, else in float32.
+    take as long as the products: in bfloat16 where that CPU has it, else in float32, from a copy in 16 bits.
 
     With `int8` a row's weights are whole numbers times the row's largest / 127, and what they are multiplied
     with is rounded too, to 7 bits of the batch's range: 8 overflow without VNNI. This is for a token at a
@@ -199,7 +199,7 @@ class LightLinear(nn.Module):
         super().__init__()
         weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         fbgemm = has_fbgemm(weight.device.type) and (int8 or dtype == torch.float16)
-        self.int8, self.float16, self.weight = None, None, None
+        self.int8, self.float16 = None, None
         if int8:
             scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)            # (out,)
             zero = torch.zeros(len(weight), dtype=torch.long)

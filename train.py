@@ -23,14 +23,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 from bins import load_meta, one_line_errors, open_bin, tokenizer_record, windows
 from checkpoint import load_checkpoint, load_optimizers, load_weights, newest_checkpoint, save_checkpoint
 from checks import check_fit, check_train
 from machine import Signals, choose_device, explain, fetch, join_processes, leave, peak_flops, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
-from report import Log, continuations, in_other_units, plan
+from report import Log, in_other_units, plan
 from update import clip_and_step
 
 # -----------------------------------------------------------------------------
@@ -179,7 +178,8 @@ with one_line_errors():
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 peak, peak_source = peak_flops(device_type, dtype)
-for line in plan(config, raw_model, len(data['train']), iter_num, ddp and world_size, peak, peak_source):
+for line in plan(config, raw_model, tokens_per_iter, len(data['train']), iter_num, ddp and world_size, peak,
+                 peak_source):
     say(line)
 
 model = torch.compile(raw_model) if compile else raw_model
@@ -227,6 +227,7 @@ def get_batch(split, index=0, it=None, device=device):
 @torch.no_grad()
 def estimate_loss():
     """ Mean loss of train and eval_split, nats a token -> {split: float}; processes share the work. """
+    from tqdm import tqdm
     bare_model.eval()
     mean = {}
     for split in data:
@@ -266,7 +267,7 @@ def get_lr(it):
 
 fresh, first_iter, saved_iter = init_from != 'resume', iter_num, iter_num
 with one_line_errors():
-    log = Log(config, identity['run_id'], iter_num, not fresh, master_process)  # log.csv and wandb
+    log = Log(config, identity['run_id'], iter_num, not fresh, master_process, tokenizer)  # log.csv, wandb
 
 
 def save(path):
@@ -316,8 +317,7 @@ while True:
             losses = estimate_loss()
             val_loss = losses[eval_split]
             say(f"step {iter_num}: train loss {losses['train']:.4f}, {eval_split} loss {val_loss:.4f}")
-            log.evaluated(iter_num, losses, lr, running_mfu,
-                          lambda: continuations(raw_model, tokenizer, data[eval_split], seed))
+            log.evaluated(iter_num, losses, lr, running_mfu, raw_model, data[eval_split])
             if eval_only:
                 say(in_other_units(val_loss, tokenizer, data[eval_split]))
             if improved := val_loss < best_val_loss:
