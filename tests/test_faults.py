@@ -1,5 +1,4 @@
 """ Damage done on purpose: kills, signals, full disks, numbers that go bad, every bad input in one line. """
-import json
 import os
 import pickle
 import shutil
@@ -12,28 +11,12 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, flags, run, train
+from conftest import ROOT, SMALL, flags, run, run_script, train
 
 import model as model_module
 from checkpoint import load_checkpoint, newest_checkpoint
 
 FAST = dict(SMALL, eval_interval=0, log_interval=1)
-
-
-@pytest.fixture(scope='session')
-def scripts():
-    """ scripts(command, folder) runs a script in a fork -> exit code, standard output, standard error. """
-    zygote = subprocess.Popen([sys.executable, str(ROOT / 'tests/zygote.py')], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline'})
-
-    def ask(script, arguments, folder):
-        zygote.stdin.write(json.dumps([str(ROOT / script), [str(a) for a in arguments], str(folder)]) + '\n')
-        zygote.stdin.flush()
-        return json.loads(zygote.stdout.readline())
-    yield ask
-    zygote.stdin.close()
-    zygote.wait()
 
 
 @pytest.fixture(scope='session')
@@ -208,9 +191,9 @@ def complete(script, arguments, ruins, dataset):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 @pytest.mark.parametrize('script, arguments, code, part', BAD, ids=lambda value: str(value)[:60])
-def test_bad_input_gets_one_line(scripts, ruins, dataset, script, arguments, code, part):
+def test_bad_input_gets_one_line(ruins, dataset, script, arguments, code, part):
     before = sorted(ruins.rglob('*'))
-    seen, _, error = scripts(script, complete(script, arguments, ruins, dataset), ruins)
+    seen, _, error = run_script(script, complete(script, arguments, ruins, dataset), ruins)
     assert seen == code and error.count('\n') == 1 and part in error, (seen, error[-2000:])
     assert error.startswith(f'{script}: ') and len(error) < 700
     assert [path for path in sorted(ruins.rglob('*')) if path.name != 'new' and path not in before] == []

@@ -2,12 +2,13 @@
 Runs scripts in forks of one interpreter that has torch loaded: a start takes milliseconds, and what runs
 sees a fresh process, because nothing is computed before the fork.
 
-As a program it answers requests, lines of JSON: [script, arguments, folder] -> [exit code, standard
-output, standard error].
+As a program it answers requests, lines of JSON: [script, arguments, folder, environment] -> [exit code,
+standard output, standard error].
 """
 import json
 import os
 import runpy
+import signal
 import sys
 import tempfile
 
@@ -21,6 +22,7 @@ def start(script, arguments, folder, out=None, error=None):
     if pid := os.fork():
         return pid
     code = 1
+    signal.alarm(300)  # what hangs ends
     try:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         for number, file in ((1, out), (2, error)):
@@ -44,7 +46,10 @@ def start(script, arguments, folder, out=None, error=None):
 def main():
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
-            pid = start(*json.loads(line), out, error)
+            *request, environment = json.loads(line)
+            os.environ.clear()
+            os.environ.update(environment)
+            pid = start(*request, out, error)
             answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
             for stream in (out, error):
                 stream.seek(0)
