@@ -6,7 +6,7 @@ beside it, where ckpt.pt is the best and not the latest, ckpt_last.pt, the same 
     optimizer       state dict of AdamW
     muon            ours: state dict of Muon, where the run has one; then AdamW's is of the other tensors
     model_args      the seven classic fields of GPTConfig, and those of NEWER that are on
-    iter_num        updates made so far
+    iter_num        updates made so far; `seconds`, ours: what they took
     best_val_loss   the lowest so far; a 0-d tensor in old files
     config          all settings of the run
     gelu            ours: the form of GELU, 'exact' where it is missing; in memory among model_args

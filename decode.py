@@ -119,6 +119,8 @@ def read_prompts(start):
     for path in sorted(glob.glob(name)) if kind == 'FILES' else [name]:
         try:
             texts.append(Path(path).read_text(encoding='utf-8'))
+        except FileNotFoundError:
+            raise ValueError(f'there is no file {path} of start={start}') from None
         except UnicodeDecodeError as error:
             raise ValueError(f'{path} is not in UTF-8: {error}') from None
     if kind == 'LINES':

@@ -176,11 +176,12 @@ class Signals:
     """
     SIGINT, SIGTERM and SIGUSR1 (that of Slurm before a time limit): the first is only noted, in `number`,
     for the loop to end in its own time; a second, 5 seconds later or more, ends at once. Earlier ones count
-    as the first: torchrun and Slurm send what they get to processes that got it too.
+    as the first: torchrun and Slurm send what they get to processes that got it too. One process says so.
     """
     number, time = 0, 0.0
 
-    def __init__(self):
+    def __init__(self, says):
+        self.says = says
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
             if hasattr(signal, name):  # Windows has not all
                 signal.signal(getattr(signal, name), self.note)
@@ -190,6 +191,8 @@ class Signals:
             os._exit(128 + number)
         if not self.number:
             self.number, self.time = number, time.monotonic()
+            if self.says:  # not print(): it may have been interrupted
+                os.write(2, f'{self.name}: stopping after this iteration or evaluation\n'.encode())
 
     @property
     def name(self):

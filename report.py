@@ -46,10 +46,11 @@ class Log:
 
     A fresh run replaces the file; one that resumes cuts off what is from its iteration on, and appends. Not
     `active`: does nothing, as in all processes but the first. With `config` of wandb_log evaluations also go
-    to Weights & Biases, into the run `run_id`, with samples as a table if there is a `tokenizer`, a record.
+    to Weights & Biases, with samples as a table if there is a `tokenizer`, a record. `identity` has the
+    `run_id`, and of a run that is resumed the `seconds` so far.
     """
 
-    def __init__(self, config, run_id, iter_num, resume, active, tokenizer):
+    def __init__(self, config, identity, iter_num, resume, active, tokenizer):
         self.path = Path(config['out_dir'], 'log.csv') if active and not config['eval_only'] else None
         self.row, self.seconds, self.wandb, self.tokenizer = {}, 0.0, None, None
         if self.path:
@@ -58,7 +59,7 @@ class Log:
                 with open(self.path, encoding='utf-8', newline='') as f:
                     rows = [row for row in csv.DictReader(f) if None not in row.values()  # half a row
                             and row['iter'].isdigit() and int(row['iter']) < iter_num]
-            self.seconds = float(rows[-1]['seconds']) if rows else 0.0
+            self.seconds = identity.get('seconds', float(rows[-1]['seconds']) if rows else 0.0)
             with whole_file(self.path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
                 writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore', lineterminator='\n')
                 writer.writeheader()
@@ -66,7 +67,7 @@ class Log:
         if active and config['wandb_log']:
             import wandb
             self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'],
-                                    config=config, id=run_id, resume='allow')
+                                    config=config, id=identity['run_id'], resume='allow')
             self.wandb.define_metric('*', step_metric='iter')
             try:
                 self.tokenizer = get_tokenizer(tokenizer)

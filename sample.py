@@ -2,8 +2,7 @@
 Prompts a trained model and prints what it writes.
 
     python sample.py --out_dir=out-python-char --start="def "
-    python sample.py --init_from=gpt2-xl --start="What is AI?" --num_samples=5
-    python sample.py --init_from=gpt2 --interactive=True
+    python sample.py --init_from=gpt2-xl --start="What is AI?" --num_samples=5 --stream=True
     python sample.py --start=LINES:prompts.txt --num_samples=1 --temperature=0 --out=samples.jsonl
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record, whole_file
-from checkpoint import load_checkpoint, load_weights
+from checkpoint import load_checkpoint, load_weights, newest_checkpoint
 from checks import check_sample
 from decode import complete, fitting, lighten, read_prompts
 from machine import choose_device, free_memory, use_device
@@ -70,6 +69,8 @@ with one_line_errors():
 
     # the model, and the tokenizer that it was trained with
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+    if init_from == 'resume' and not os.path.exists(path):  # a run that was stopped before it was evaluated
+        path = newest_checkpoint(out_dir)
     if init_from == 'resume' or init_from not in GPT2_NAMES and (
             os.path.isfile(init_from) or init_from.endswith('.pt')):
         checkpoint = load_checkpoint(path, mmap=True)
@@ -78,8 +79,8 @@ with one_line_errors():
         dataset = checkpoint.get('config', {}).get('dataset')
         record = checkpoint.get('tokenizer') or tokenizer_record(load_meta(dataset) if dataset else None)
         if record is None or record['kind'] == 'gpt2' and model.config.vocab_size < 50257:
-            raise ValueError(f'{path} has a vocabulary of {model.config.vocab_size}, and the characters '
-                             f"are not in data/{dataset}/meta.pkl; run that dataset's prepare.py")
+            raise ValueError(f'{path} has a vocabulary of {model.config.vocab_size} and no tokenizer, nor '
+                             f'are stoi and itos in the meta.pkl of dataset={dataset}; run its prepare.py')
     else:
         model = GPT.from_pretrained(init_from)
         bare = os.path.isdir(init_from) and not any(

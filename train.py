@@ -165,7 +165,7 @@ with one_line_errors():
         if scaler.is_enabled() and resumed.get('scaler'):
             scaler.load_state_dict(resumed['scaler'])
         iter_num, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
-        identity['run_id'] = resumed.get('run_id', identity['run_id'])
+        identity.update((key, resumed[key]) for key in ('run_id', 'seconds') if key in resumed)
         say(f'resuming {source} at iteration {iter_num:,}, best val loss {best_val_loss:.4f}')
     elif init_from != 'scratch':
         say(f'starting from the weights of {source}')
@@ -178,14 +178,13 @@ with one_line_errors():
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 peak, peak_source = peak_flops(device_type, dtype)
-for line in plan(config, raw_model, tokens_per_iter, len(data['train']), iter_num, ddp and world_size, peak,
-                 peak_source):
-    say(line)
+say('\n'.join(plan(config, raw_model, tokens_per_iter, len(data['train']), iter_num, ddp and world_size,
+                   peak, peak_source)))
 
 model = torch.compile(raw_model) if compile else raw_model
 bare_model = model  # without DDP around it: what is evaluated
 if ddp:
-    model = DDP(model, [local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
+    model = DDP(model, [local_rank] if device_type == 'cuda' else None, forward_sync_buffers=False)
 
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
@@ -267,7 +266,7 @@ def get_lr(it):
 
 fresh, first_iter, saved_iter = init_from != 'resume', iter_num, iter_num
 with one_line_errors():
-    log = Log(config, identity['run_id'], iter_num, not fresh, master_process, tokenizer)  # log.csv, wandb
+    log = Log(config, identity, iter_num, not fresh, master_process, tokenizer)  # log.csv and wandb
 
 
 def save(path):
@@ -277,6 +276,7 @@ def save(path):
     if not master_process:
         return
     say(f'saving checkpoint to {out_dir}')
+    identity['seconds'] = log.seconds + seconds
     try:
         save_checkpoint(path, raw_model, optimizers, iter_num=iter_num, best_val_loss=best_val_loss,
                         config=config, tokenizer=tokenizer, scaler=scaler.state_dict(), **identity)
@@ -294,7 +294,7 @@ upcoming = loader.submit(get_batch, 'train', rank, iter_num, loaded)
 running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
 reports, bad_steps, stopping = [], 0, False
-signals = Signals()  # from here on the iteration is finished first
+signals = Signals(master_process) if not eval_only else None  # from here on the iteration is finished first
 clock = begin = time.perf_counter()
 
 while True:
@@ -389,12 +389,12 @@ while True:
                      f'The last good checkpoint is {newest_checkpoint(out_dir)}: --init_from=resume with a '
                      f'lower learning_rate={learning_rate}, or dtype=float32' if master_process else 1)
 
+where = f'out_dir={out_dir}' if ckpt_path.exists() else f'init_from={last_path}'
 if stopping:
     say(f'stopped by {signals.name} at iteration {iter_num:,}; --init_from=resume goes on with it')
 elif iter_num == first_iter and not eval_only:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
 elif not eval_only:
-    where = f'out_dir={out_dir}' if ckpt_path.exists() else f'init_from={last_path}'
     say(f'{iter_num - first_iter:,} iterations in {timedelta(seconds=round(time.perf_counter() - begin))}, '
         f'best val loss {best_val_loss:.4f}; try: python sample.py --{where}')
 leave(signals.exit_code if stopping else 0, ddp)

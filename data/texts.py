@@ -86,7 +86,8 @@ def find_texts(source, *suffixes, prefix=''):
     paths = [path for path in sorted(inside) or [source] if path.is_file() and path.name.startswith(prefix)]
     found = [path for path in paths if path.suffix.lower() in suffixes]
     if not found:
-        raise ValueError(f'{source}: no {" or ".join(prefix + "*" + suffix for suffix in suffixes)}')
+        hint = '' if '.txt' in suffixes else '; data/custom/prepare.py takes .txt'
+        raise ValueError(f'{source}: no {" or ".join(prefix + "*" + suffix for suffix in suffixes)}{hint}')
     if left_out := len(paths) - len(found):
         print(f'{left_out:,} files of other kinds are left out')
     return found

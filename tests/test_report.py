@@ -45,6 +45,13 @@ def test_one_row_for_each_iteration_that_was_logged_or_evaluated(tmp_path, datas
 
     train(tmp_path, dataset, eval_only=True, init_from='resume')
     assert rows_of(tmp_path / 'out') == again
+
+    seconds = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)['seconds']
+    assert seconds == pytest.approx(float(again[-1]['seconds']), rel=1e-4)
+    (tmp_path / 'out/log.csv').write_text('iter,seconds\n')  # iterations that were not logged count as well
+    train(tmp_path, dataset, log_interval=0, max_iters=35, eval_interval=0, init_from='resume')
+    last, = rows_of(tmp_path / 'out')
+    assert int(last['iter']) == 35 and float(last['seconds']) > seconds
     train(tmp_path, dataset, max_iters=3)
     assert [int(row['iter']) for row in rows_of(tmp_path / 'out')] == [0, 1, 2, 3]
 
@@ -90,7 +97,7 @@ def test_wandb_goes_without_samples_where_there_can_be_none(tmp_path, monkeypatc
     monkeypatch.setattr(wandb, 'init', lambda **kwargs: types.SimpleNamespace(
         log=logged.append, define_metric=lambda *_, **__: None))
     config = dict(out_dir=str(tmp_path), eval_only=True, wandb_log=True, wandb_project='', wandb_run_name='')
-    log = Log(config, 'id', 0, False, True, tokenizer)
+    log = Log(config, {'run_id': 'id'}, 0, False, True, tokenizer)
     log.evaluated(3, {'train': 1.0, 'val': loss}, 0.1, 0.3, tiny, torch.arange(20))
     assert set(logged[0]) == {'iter', 'lr', 'mfu', 'train/loss', 'val/loss'}
 

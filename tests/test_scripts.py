@@ -100,7 +100,7 @@ def test_the_tokenizer_travels_in_the_checkpoint(tmp_path, dataset):
     ('train.py', 'block_size=0', dict(block_size=0)),
     ('sample.py', 'no checkpoint elsewhere/ckpt.pt', dict(out_dir='elsewhere')),
     ('sample.py', 'temperature', dict(temperature=-1)),
-    ('sample.py', "No such file or directory: 'prompt.txt'", dict(start='FILE:prompt.txt')),
+    ('sample.py', "there is no file prompt.txt", dict(start='FILE:prompt.txt')),
     ('bench.py', 'batch_size=0', dict(batch_size=0))])
 def test_bad_input_gets_one_line(script_globals, tmp_path, dataset, script, message, settings):
     """ In this process: sys.exit with a text prints it on standard error, exit code 1. """
@@ -161,7 +161,7 @@ def test_a_classic_checkpoint_whose_dataset_is_gone(tmp_path, dataset):
     checkpoint['config']['dataset'] = 'gone'
     torch.save(checkpoint, tmp_path / 'out/ckpt.pt')
     _, error = run('sample.py', cwd=tmp_path, code=1)
-    assert 'data/gone/meta.pkl' in error and error.count('\n') == 1
+    assert 'meta.pkl of dataset=gone' in error and error.count('\n') == 1
 
 
 def test_bench(tmp_path, dataset):
@@ -245,3 +245,10 @@ def test_a_hugging_face_directory_brings_its_tokenizer(tmp_path):
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'hf')
     out, _ = run('sample.py', cwd=tmp_path, init_from='hf', start='the cat', num_samples=2, max_new_tokens=8)
     assert out.count('\nthe cat') == 2
+
+
+def test_a_run_that_was_stopped_before_an_evaluation_can_be_sampled(tmp_path, dataset):
+    train(tmp_path, dataset, always_save_checkpoint=False, max_iters=2)
+    (tmp_path / 'out/ckpt.pt').rename(tmp_path / 'out/ckpt_last.pt')
+    out, _ = run('sample.py', cwd=tmp_path, start='the', num_samples=2, max_new_tokens=4)
+    assert out.count('\nthe') == 2
