@@ -227,7 +227,7 @@ def estimate():
 # say what will be measured, and how long it will take where that is long
 with torch.device('meta'):
     model = GPT(gpt_config)  # to be counted: without memory
-print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
+print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M, a table of positions left out')
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
       f'{torch.get_num_threads()} threads')
 if mode in ('sample', 'estimate'):

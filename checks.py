@@ -47,8 +47,8 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
          f'cooldown_iters={s.cooldown_iters} and warmup_iters={s.warmup_iters} are more than '
          f'lr_decay_iters={s.lr_decay_iters}; lower cooldown_iters'),
         (s.muon_lr and not s.learning_rate, 'muon_lr takes a learning_rate above 0, for what is no matrix'),
-        (min(s.batch_size, s.block_size) < 1,
-         f'batch_size={s.batch_size} and block_size={s.block_size} must be at least 1'),
+        *((settings[name] < 1, f'{name}={settings[name]} must be at least 1')
+          for name in ('batch_size', 'block_size')),
         (s.batch_size * s.block_size > 2**30,
          f'batch_size={s.batch_size} of block_size={s.block_size} would run out of memory; lower batch_size'),
         *_of_all(s),
@@ -77,7 +77,8 @@ def check_sample(settings):
     _raise_first([
         (not 0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0'),
         *((settings[name] < 0, f'{name}={settings[name]} must not be negative')
-          for name in ('num_samples', 'max_new_tokens', 'top_k')),
+          for name in ('max_new_tokens', 'top_k')),
+        (s.num_samples < 1, f'num_samples={s.num_samples} must be at least 1'),
         (not 0 < s.top_p <= 1, f'top_p={s.top_p} must be above 0 and at most 1, where it is off'),
         (not 0 <= s.min_p <= 1, f'min_p={s.min_p} must be from 0, where it is off, to 1'),
         (not 0 < s.repetition_penalty < float('inf'),

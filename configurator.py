@@ -49,7 +49,7 @@ def _configure(settings):
 
     def run_file(path):
         if not os.path.isfile(path) or not path.endswith('.py'):
-            refuse(f'no config file {path!r}, NAME.py; settings are given as --key=value')
+            refuse(f'no config file {path!r} (one ends in .py); settings are given as --key=value')
         names = dict(settings)
         try:
             with open(path, encoding='utf-8') as f:
@@ -62,7 +62,7 @@ def _configure(settings):
             if near := difflib.get_close_matches(key, defaults, 1, 0.8):
                 refuse(f'{path}: no setting {key!r}; did you mean {near[0]!r}?')
         if unknown and first_process:
-            print(f'{path}: not settings of this script: {", ".join(unknown)}')
+            print(f'{path}: ignored, not settings of this script: {", ".join(unknown)}')
         for key in defaults:
             if names[key] is not settings[key]:
                 put(key, names[key], path)

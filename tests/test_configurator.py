@@ -77,7 +77,7 @@ def test_left_to_right_and_config_files_that_compute(configure, tmp_path, capsys
 def test_a_shared_config_file_is_warned_about_and_a_misspelling_refused(configure, tmp_path, capsys):
     (tmp_path / 'a.py').write_text('size = 5\nepochs = 3\nhelper_number = 4\n')
     assert configure('a.py') == {**DEFAULTS, 'size': 5}
-    assert 'not settings of this script: epochs, helper_number\n' in capsys.readouterr().out
+    assert 'ignored, not settings of this script: epochs, helper_number\n' in capsys.readouterr().out
     (tmp_path / 'a.py').write_text('sizes = 5\n')
     with pytest.raises(SystemExit):
         configure('a.py')
