@@ -230,8 +230,11 @@ with torch.device('meta'):
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M, a table of positions left out')
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
       f'{torch.get_num_threads()} threads')
-if mode in ('sample', 'estimate'):
-    bench_sampling() if mode == 'sample' else estimate()
+if mode == 'sample':
+    bench_sampling()
+    sys.exit()
+if mode == 'estimate':
+    estimate()
     sys.exit()
 peak, peak_source = peak_flops(device_type, dtype)
 tokens = batch_size * block_size

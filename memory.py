@@ -51,6 +51,7 @@ def memory_of_training(config, batch_size, gradient_accumulation_steps, dtype, m
         optimizers = [model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu', muon)]
         if muon:
             optimizers.append(model.configure_muon(1e-4, 0.0, dtype))
+        scaler = torch.amp.GradScaler('cpu', enabled=False)
         for _ in range(2):  # from the second on there are moments
             for _ in range(min(2, gradient_accumulation_steps)):  # and in the second micro-batch gradients
                 idx, before = torch.zeros(batch_size, config.block_size, dtype=torch.long), count.now
@@ -59,7 +60,6 @@ def memory_of_training(config, batch_size, gradient_accumulation_steps, dtype, m
                 activations = count.now - before
                 loss.backward()
                 loss = loss.detach()
-            scaler = torch.amp.GradScaler('cpu', enabled=False)
             clip_and_step(optimizers, scaler, model.parameters(), loss, grad_clip=1.0)
     weights = sum(p.nbytes for p in model.parameters())
     moments = sum(value.nbytes for optimizer in optimizers for of in optimizer.state.values()

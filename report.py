@@ -70,8 +70,8 @@ class Log:
                                     config=config, id=identity['run_id'], resume='allow')
             self.wandb.define_metric('*', step_metric='iter')
             try:
-                self.tokenizer = get_tokenizer(tokenizer)
-            except (OSError, TypeError) as error:
+                self.tokenizer = tokenizer and get_tokenizer(tokenizer)
+            except OSError as error:
                 print(f'no samples in wandb without a tokenizer: {error}', flush=True)
 
     def evaluated(self, it, losses, lr, mfu, model, ids):
@@ -116,9 +116,11 @@ class Log:
 def in_other_units(loss, record, ids):
     """ A loss in nats a token as perplexity, and where the tokenizer is known as bits a byte of the text. """
     text = f'perplexity {math.exp(min(loss, 700)):.4g} a token'
+    if record is None:
+        return text
     try:
         _, decode, _, _ = get_tokenizer(record)
         ids = ids[:2**20].tolist()
         return f'{text}, {loss / math.log(2) * len(ids) / len(decode(ids).encode()):.4f} bits a byte'
-    except (OSError, TypeError):  # no network, or no tokenizer
+    except OSError:  # no network
         return text

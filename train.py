@@ -389,12 +389,12 @@ while True:
                      f'The last good checkpoint is {newest_checkpoint(out_dir)}: --init_from=resume with a '
                      f'lower learning_rate={learning_rate}, or dtype=float32' if master_process else 1)
 
-where = f'out_dir={out_dir}' if ckpt_path.exists() else f'init_from={last_path}'
 if stopping:
     say(f'stopped by {signals.name} at iteration {iter_num:,}; --init_from=resume goes on with it')
 elif iter_num == first_iter and not eval_only:
     say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
 elif not eval_only:
+    where = f'out_dir={out_dir}' if ckpt_path.exists() else f'init_from={last_path}'
     say(f'{iter_num - first_iter:,} iterations in {timedelta(seconds=round(time.perf_counter() - begin))}, '
         f'best val loss {best_val_loss:.4f}; try: python sample.py --{where}')
 leave(signals.exit_code if stopping else 0, ddp)
