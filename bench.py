@@ -159,7 +159,6 @@ def make_generate():
 
 def bench_sampling():
     """ Prints tokens a second of the ways to sample, at batch 1 and 10, measured in turn. """
-    use_device(device, dtype)
     past = 8 + max_new_tokens > block_size
     this, full = make_sampler(dtype), make_sampler('float32')
     ways = {'this': this, 'float32': full,
@@ -230,6 +229,7 @@ with torch.device('meta'):
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M, a table of positions left out')
 print(f'device: {device}, {dtype}, {"compiled" if compile else "not compiled"}, '
       f'{torch.get_num_threads()} threads')
+use_device(device, dtype)
 if mode == 'sample':
     bench_sampling()
     sys.exit()

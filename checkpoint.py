@@ -97,7 +97,7 @@ def load_checkpoint(path, mmap=False):
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise ValueError(f'{path}: {key}={checkpoint[key]!r:.50} is not what a checkpoint holds there')
     args = checkpoint['model_args'] = dict(checkpoint['model_args'])
-    if missing := [key for key in MODEL_ARGS[:6] if key not in args]:
+    if missing := [key for key in MODEL_ARGS[:6] if key not in (*args, 'bias')]:  # True where it is old
         raise ValueError(f'{path}: its model_args lack {", ".join(missing)}')
     if unknown := sorted(set(args) - set(MODEL_ARGS + NEWER)):
         raise ValueError(f'{path}: this model does not know the model_args {", ".join(unknown)}')

@@ -5,14 +5,13 @@ the data it is to read.
 A rule is a pair: whether it is broken, and what to say. The first broken one is raised as a ValueError.
 """
 import os
-import shutil
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
 
 from bins import largest_id
-from machine import has_fbgemm
+from machine import has_compiler, has_fbgemm
 
 
 def _raise_first(rules):
@@ -22,10 +21,9 @@ def _raise_first(rules):
 
 
 def _of_all(s):
-    compilers = ('cl',) if os.name == 'nt' else ('c++', 'g++', 'clang++')
     return [
         (not 0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1'),
-        (s.compile and not any(map(shutil.which, (os.environ.get('CXX', ''), *compilers))),
+        (s.compile and not has_compiler(),
          'compile=True takes a C++ compiler, and none is here; --compile=False'),
     ]
 

@@ -11,10 +11,10 @@ def _configure(settings):
     """ Applies sys.argv to `settings`, the globals of the script, and returns the settings' names. """
     import ast
     import builtins  # the scripts have a setting named compile
-    import difflib
     import os
     import sys
     import time
+    from difflib import get_close_matches
 
     def refuse(message):
         time.sleep(15 if os.environ.get('LOCAL_RANK', '0') != '0' else 0)  # torchrun ends all but the first
@@ -59,7 +59,7 @@ def _configure(settings):
             line = error.lineno if isinstance(error, SyntaxError) else trace.tb_lineno if trace else 0
             refuse(f'{path}, line {line}: {type(error).__name__}: {getattr(error, "msg", error)}')
         for key in (unknown := [key for key in settings_of(names) if key not in settings]):
-            if near := difflib.get_close_matches(key, defaults, 1, 0.8):
+            if near := get_close_matches(key, [k for k in defaults if names[k] is settings[k]], 1, 0.8):
                 refuse(f'{path}: no setting {key!r}; did you mean {near[0]!r}?')
         if unknown and first_process:
             print(f'{path}: ignored, not settings of this script: {", ".join(unknown)}')
@@ -86,7 +86,7 @@ def _configure(settings):
         elif not arg.startswith('--') or not equals:
             refuse(f'cannot read {arg!r}; a setting is given as --key=value')
         elif key not in defaults:
-            near = difflib.get_close_matches(key, defaults, 1, 0)
+            near = get_close_matches(key, defaults, 1, 0)
             refuse(f'no setting {key!r}' + (f'; the nearest is {near[0]!r}' if near else ''))
         else:
             put(key, text if type(defaults[key]) is str else literal(text), arg)

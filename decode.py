@@ -103,6 +103,8 @@ def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
     ends = probs.cumsum(dim=-1)
     drawn = torch.searchsorted(ends, (1 - uniforms)[:, None] * ends[:, -1:])    # (B, 1)
+    left_out = probs.gather(1, drawn) == 0  # a GPU adds in an order in which a sum can fall, and rise again
+    drawn = torch.where(left_out, probs.argmax(dim=-1, keepdim=True), drawn)
     return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 # -----------------------------------------------------------------------------

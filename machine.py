@@ -5,11 +5,13 @@ memory or another process is gone. Imports nothing of ours.
 import ctypes
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from contextlib import nullcontext
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,12 @@ def has_bfloat16():
     """ Whether this CPU multiplies in bfloat16, about twice as fast as in float32. """
     has = torch.cpu.get_capabilities()
     return bool(has.get('avx512_bf16') or has.get('amx_bf16'))
+
+
+def has_compiler():
+    """ Whether a C++ compiler is here, as torch.compile takes one. """
+    compilers = ('cl',) if os.name == 'nt' else ('c++', 'g++', 'clang++')
+    return any(map(shutil.which, (os.environ.get('CXX', ''), *compilers)))
 
 
 def choose_device(device='auto', dtype='auto', compile='auto', training=True):
@@ -62,7 +70,10 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
         raise ValueError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
     if compile not in ('auto', True, False):
         raise ValueError(f"compile={compile!r} must be 'auto', True or False")
-    return device, dtype, kind == 'cuda' and training if compile == 'auto' else compile
+    if compile == 'auto':  # where Triton is, and can do something for the GPU
+        compile = (kind == 'cuda' and training and has_compiler() and find_spec('triton') is not None
+                   and torch.cuda.get_device_capability(int(index or 0)) >= (7, 0))
+    return device, dtype, compile
 
 
 def use_device(device, dtype):
@@ -127,10 +138,17 @@ def peak_flops(device_type, dtype):
 # -----------------------------------------------------------------------------
 # processes, signals, and how a script ends
 
-def join_processes(backend, rank, world_size):
-    """ Joins the others that torchrun started -> the name of the job, whether torchrun started it again. """
+def join_processes(backend, rank, world_size, dtype):
+    """
+    Joins the others that torchrun started -> the name of the job, whether torchrun started it again. Ends
+    where the first of them chose another `dtype`: float16 gradients are scaled, the others' are not.
+    """
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     store = dist.PrefixStore(restarts, next(dist.rendezvous('env://'))[0])  # not the addresses of the dead
+    if rank == 0:
+        store.set('dtype', dtype)
+    elif (first := store.get('dtype').decode()) != dtype:
+        sys.exit(f'train.py: dtype={dtype} on this machine and {first} on the first; --dtype={dtype} on all')
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     job = os.environ.get('TORCHELASTIC_RUN_ID', '')
     return f'agent {os.getppid()}' if job == 'none' else job, restarts != '0'
@@ -162,10 +180,14 @@ def explain(settings, ddp):
 
 
 def leave(code, ddp):
-    """ Ends a process. One of several does not wait for gloo's threads, which abort some orderly ends. """
+    """
+    Ends a process. One of several waits for the others, as torchrun ends those whom one has left, be it in a
+    save; it does not wait for gloo's threads, which abort some orderly ends.
+    """
     if wandb := sys.modules.get('wandb'):
         wandb.finish()
     if ddp:
+        dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

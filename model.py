@@ -147,7 +147,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+        causal = True if mask is None and q.shape[2] > 1 else False  # a bool for torch.compile too
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
         return y.transpose(1, 2).reshape(B, -1, C // 3)
 
@@ -284,7 +285,10 @@ class GPT(nn.Module):
             raise ValueError(f"no model {model_type!r}: not one of {', '.join(GPT2_NAMES)}, not a directory "
                              'or checkpoint that is there, not namespace/name on the hub')
         if model_type in GPT2_NAMES:
-            model_type = f'openai-community/{model_type}'  # not a folder of that name that happens to be here
+            from huggingface_hub import try_to_load_from_cache
+            old = isinstance(try_to_load_from_cache(model_type, 'config.json'), str)  # there since nanoGPT
+            folder = os.path.isdir(model_type)  # that happens to be here
+            model_type = model_type if old and not folder else f'openai-community/{model_type}'
         elif os.path.isdir(model_type) and not os.path.exists(os.path.join(model_type, 'config.json')):
             raise ValueError(f'{model_type} has no config.json of a Hugging Face model; a checkpoint is '
                              f'named by its file, as {os.path.join(model_type, "ckpt.pt")}')

@@ -4,6 +4,7 @@ its loss in other units.
 """
 import csv
 import math
+import os
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from bins import get_tokenizer, whole_file
+from machine import has_bfloat16, peak_flops
 
 COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm',
            'tokens_per_second', 'mfu')
@@ -30,6 +32,10 @@ def plan(config, model, tokens, train_tokens, iter_num, processes, peak, peak_so
     yield (f'device: {s.device}, {s.dtype}, {"compiled" if s.compile else "not compiled"}, '
            f'{f"{processes} processes over {s.backend}" if processes else "1 process"}, '
            f'{"Muon and " if s.muon_lr else ""}AdamW')
+    if s.device == 'cpu' and s.dtype != 'float32' and not (s.dtype == 'bfloat16' and has_bfloat16()):
+        slower = peak_flops('cpu', 'float32')[0] / peak
+        if slower > 1.2:
+            yield f'{s.dtype} is {slower:.0f} times as slow as float32 on this CPU; --dtype=float32'
     yield f'mfu is the share of {peak / 1e12:.2f} TFLOP/s, from {peak_source}'
     if iters > 0 and not s.eval_only:
         seconds = iters * tokens * model.flops_per_token(s.block_size) / peak / max(1, processes) / 0.3
@@ -67,7 +73,8 @@ class Log:
         if active and config['wandb_log']:
             import wandb
             self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'],
-                                    config=config, id=identity['run_id'], resume='allow')
+                                    config=config, resume='allow',
+                                    id=os.environ.get('WANDB_RUN_ID', identity['run_id']))
             self.wandb.define_metric('*', step_metric='iter')
             try:
                 self.tokenizer = tokenizer and get_tokenizer(tokenizer)

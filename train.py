@@ -108,7 +108,7 @@ explain(config, ddp)
 
 if ddp and device_type == 'cuda':
     device = f'cuda:{local_rank}'
-job, again = join_processes(backend, rank, world_size) if ddp else ('', False)
+job, again = join_processes(backend, rank, world_size, dtype) if ddp else ('', False)
 autocast = use_device(device, dtype)
 
 # -----------------------------------------------------------------------------
@@ -144,7 +144,7 @@ with one_line_errors():
         source = found if init_from == 'resume' else init_from
         checkpoint = load_checkpoint(source)
         if checkpoint.get('tokenizer', tokenizer) != tokenizer:
-            raise ValueError(f'{source} was trained on another vocabulary than that of dataset={dataset}')
+            raise ValueError(f'{source} has another vocabulary than {dataset=!s} by its meta.pkl, if any')
         model = GPT(GPTConfig(**{**checkpoint['model_args'], 'dropout': dropout}))
         load_weights(model, checkpoint, source)
         resumed = checkpoint if init_from == 'resume' else None

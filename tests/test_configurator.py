@@ -78,6 +78,8 @@ def test_a_shared_config_file_is_warned_about_and_a_misspelling_refused(configur
     (tmp_path / 'a.py').write_text('size = 5\nepochs = 3\nhelper_number = 4\n')
     assert configure('a.py') == {**DEFAULTS, 'size': 5}
     assert 'ignored, not settings of this script: epochs, helper_number\n' in capsys.readouterr().out
+    (tmp_path / 'a.py').write_text('base_size = 5\nsize = 2 * base_size\n')
+    assert configure('a.py')['size'] == 10
     (tmp_path / 'a.py').write_text('sizes = 5\n')
     with pytest.raises(SystemExit):
         configure('a.py')

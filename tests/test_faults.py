@@ -230,6 +230,12 @@ def begin(cwd, dataset, processes=None, **settings):
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
+def workers(process):
+    """ The process ids of what torchrun started. """
+    pids = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'train.py'], stdout=subprocess.PIPE).stdout
+    return [int(pid) for pid in pids.split()]
+
+
 def wait_for(process, text):
     """ Reads its output up to a line with `text` -> the lines. """
     lines = []
@@ -290,6 +296,37 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, dataset):
     same(tmp_path / 'out', tmp_path / 'untouched', [p.name for p in (tmp_path / 'untouched').glob('*.pt*')])
 
 
+def test_no_process_leaves_another_in_its_save(tmp_path, dataset, monkeypatch):
+    """ torchrun sends a signal to the rest when one has ended: to them the second, here in a slow save. """
+    (tmp_path / 'slow').mkdir()
+    (tmp_path / 'slow/sitecustomize.py').write_text("""
+import time, torch
+save, clip = torch.save, torch.nn.utils.clip_grad_norm_
+torch.save = lambda *args: time.sleep(3) or save(*args)
+torch.nn.utils.clip_grad_norm_ = lambda *args: time.sleep(5.5) or clip(*args)
+""")
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'slow'))
+    process = begin(tmp_path, dataset, 2, **LONG, gradient_accumulation_steps=2)
+    wait_for(process, 'iter 0:')
+    os.kill(min(workers(process)), signal.SIGTERM)  # the first, past the agent, as a scheduler may
+    out, error = process.communicate(timeout=60)
+    assert 'stopped by SIGTERM' in out, error
+    assert load_checkpoint(tmp_path / 'out/ckpt_last.pt')['iter_num'] > 1
+
+
+def test_processes_that_chose_different_dtypes_do_not_begin(tmp_path):
+    (tmp_path / 'join.py').write_text("""
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from machine import join_processes
+rank = int(os.environ['RANK'])
+join_processes('gloo', rank, 2, ('float16', 'bfloat16')[rank])
+""")
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'join.py']
+    done = subprocess.run([*command, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode and 'dtype=bfloat16 on this machine and float16 on the first' in done.stderr
+
+
 def test_a_worker_that_is_killed_comes_back(tmp_path, dataset):
     """ torchrun starts the workers again, and they resume this job's checkpoint and no older one. """
     train(tmp_path, dataset, max_iters=40, lr_decay_iters=40)  # an earlier run in the same folder
@@ -301,9 +338,7 @@ def test_a_worker_that_is_killed_comes_back(tmp_path, dataset):
                                text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for moment in ('iter 0:', 'iter 50:'):  # before the first save, and after some
         wait_for(process, moment)
-        workers = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'train.py'], capture_output=True,
-                                 text=True).stdout.split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(workers(process)[-1], signal.SIGKILL)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert 'resuming out/ckpt.pt at iteration' in out
@@ -315,9 +350,7 @@ def test_a_worker_that_is_killed_comes_back(tmp_path, dataset):
 def test_a_dead_peer_ends_the_others(tmp_path, dataset):
     process = begin(tmp_path, dataset, processes=2, **{**LONG, 'gradient_accumulation_steps': 2})
     wait_for(process, 'iter 5:')
-    workers = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'train.py'], capture_output=True,
-                             text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     out, error = process.communicate(timeout=60)
     assert process.returncode != 0 and not list((tmp_path / 'out').glob('*.pt'))
     assert 'train.py: another process of this job is gone' in error

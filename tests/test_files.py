@@ -166,6 +166,8 @@ def test_broken_checkpoints_are_named(tmp_path, saved):
     check('lacks model_args', {'model': {}})
     args = good['model_args']
     check('model_args lack n_head', {**good, 'model_args': {k: v for k, v in args.items() if k != 'n_head'}})
+    torch.save({**good, 'model_args': {k: v for k, v in args.items() if k != 'bias'}}, bad)
+    assert GPTConfig(**load_checkpoint(bad)['model_args']).bias  # from before it could be turned off
     check('does not know the model_args alibi', {**good, 'model_args': {**args, 'alibi': True}})
     whole = path.read_bytes()
     for content in (whole[:-3000], whole[:200], b'', b'not a checkpoint', b'PK\x03\x04'):

@@ -1,11 +1,13 @@
 """ The model against Hugging Face's GPT-2, closed forms, and its own promises. """
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 
+import machine
 from machine import choose_device, peak_flops
 from model import GPT, GPTConfig, rotate
 from update import Muon, clip_and_step
@@ -194,9 +196,23 @@ def test_dropout_of_the_attention_weights():
     assert not torch.equal(attention(x), attention(x))
 
 
-def test_weights_that_are_missing_are_named(hf_directory, tmp_path):
-    import shutil
+def test_a_cache_that_nanogpt_filled_is_used(hf_directory, tmp_path, monkeypatch):
+    """ Under the name gpt2, which openai-community/gpt2 had before. A folder of that name is not meant. """
+    from huggingface_hub import constants
+    cached = tmp_path / 'hub/models--gpt2'
+    shutil.copytree(hf_directory, cached / 'snapshots/abc')
+    (cached / 'refs').mkdir()
+    (cached / 'refs/main').write_text('abc')
+    for name, value in (('HF_HUB_CACHE', str(tmp_path / 'hub')), ('HF_HUB_OFFLINE', True)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.chdir(tmp_path)
+    assert GPT.from_pretrained('gpt2').config.vocab_size == 61
+    (tmp_path / 'gpt2').mkdir()
+    with pytest.raises(ValueError, match='openai-community/gpt2'):
+        GPT.from_pretrained('gpt2')
 
+
+def test_weights_that_are_missing_are_named(hf_directory, tmp_path):
     from safetensors.torch import load_file, save_file
     shutil.copytree(hf_directory, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / 'model.safetensors')
@@ -206,12 +222,18 @@ def test_weights_that_are_missing_are_named(hf_directory, tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize('capability, dtype', [((8, 0), 'bfloat16'), ((7, 5), 'float16')])
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capability, dtype):
+@pytest.mark.parametrize('capability, compiler, triton, dtype, compiled', [
+    ((8, 0), 'g++', True, 'bfloat16', True), ((7, 5), 'g++', True, 'float16', True),
+    ((6, 1), 'g++', True, 'float16', False), ((8, 0), None, True, 'bfloat16', False),
+    ((8, 0), 'g++', None, 'bfloat16', False)])
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capability, compiler, triton, dtype, compiled):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
-    assert choose_device() == ('cuda', dtype, True)
+    monkeypatch.setattr(shutil, 'which', lambda name: compiler)
+    monkeypatch.setattr(machine, 'find_spec', lambda name: triton)
+    assert choose_device() == ('cuda', dtype, compiled)
+    assert choose_device(compile=True) == ('cuda', dtype, True)  # asked for: what is wrong will be said
     assert choose_device('cuda:1', compile=False) == ('cuda:1', dtype, False)
     assert choose_device('cpu', 'float32') == ('cpu', 'float32', False)
     with pytest.raises(ValueError, match='cuda:2'):

@@ -10,6 +10,7 @@ from conftest import SMALL, run, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import report
 from memory import memory_of_training
 from model import GPT, GPTConfig
 from report import Log
@@ -93,13 +94,25 @@ def test_plot_says_what_is_wrong(tmp_path, dataset, script_globals):
 @pytest.mark.parametrize('loss, tokenizer', [(math.nan, {'kind': 'char', 'itos': ['a', 'b']}), (1.0, None)])
 def test_wandb_goes_without_samples_where_there_can_be_none(tmp_path, monkeypatch, tiny, loss, tokenizer):
     import wandb
-    logged = []
-    monkeypatch.setattr(wandb, 'init', lambda **kwargs: types.SimpleNamespace(
+    logged, ids = [], []
+    monkeypatch.setattr(wandb, 'init', lambda **kwargs: ids.append(kwargs['id']) or types.SimpleNamespace(
         log=logged.append, define_metric=lambda *_, **__: None))
     config = dict(out_dir=str(tmp_path), eval_only=True, wandb_log=True, wandb_project='', wandb_run_name='')
     log = Log(config, {'run_id': 'id'}, 0, False, True, tokenizer)
     log.evaluated(3, {'train': 1.0, 'val': loss}, 0.1, 0.3, tiny, torch.arange(20))
     assert set(logged[0]) == {'iter', 'lr', 'mfu', 'train/loss', 'val/loss'}
+    monkeypatch.setenv('WANDB_RUN_ID', 'theirs')  # wandb's own variable: a run begun with another script
+    Log(config, {'run_id': 'id'}, 0, False, True, tokenizer)
+    assert ids == ['id', 'theirs']
+
+
+def test_a_dtype_that_is_slower_here_is_named(monkeypatch, tiny):
+    monkeypatch.setattr(report, 'peak_flops', lambda device, dtype: (8e9, 'a guess'))
+    monkeypatch.setattr(report, 'has_bfloat16', lambda: False)
+    config = dict(device='cpu', compile=False, muon_lr=0, eval_only=True, max_iters=1)
+    for dtype, peak in (('float32', 8e9), ('bfloat16', 5e8), ('float16', 8e9)):
+        lines = '\n'.join(report.plan({**config, 'dtype': dtype}, tiny, 1, 1, 0, 0, peak, 'a guess'))
+        assert ('bfloat16 is 16 times as slow as float32' in lines) == (dtype == 'bfloat16')
 
 
 SHAPE = dict(n_layer=3, n_head=2, n_embd=128, block_size=32, batch_size=4)
