@@ -108,7 +108,8 @@ def windows(ids, starts, block_size):
 
 class _DataOnly(pickle.Unpickler):
     def find_class(self, module, name):
-        raise ValueError(f'it carries code ({module}.{name}), which was not run')
+        raise ValueError(f'it carries code ({module}.{name}), which was not run; '
+                         'it may hold int, str, list and dict')
 
 
 def load_meta(dataset):
@@ -121,6 +122,7 @@ def load_meta(dataset):
         assert meta['vocab_size'].bit_length() > 0 < meta['vocab_size']  # a whole number above 0
         if 'itos' in meta:  # a dict, or a list
             meta['itos'] = [meta['itos'][i] for i in range(len(meta['itos']))]
+            assert all(type(text) is str for text in meta['itos']), 'itos holds what is no text'
     except Exception as error:  # a broken pickle fails in any way
         raise ValueError(f'{path} is not a vocabulary: {error!r:.200}') from None
     return meta

@@ -91,6 +91,7 @@ def test_meta_that_carries_code_or_is_broken_is_refused(tmp_path):
             (pickle.dumps({'vocab_size': np.int64(3)}), 'carries code'),
             (pickle.dumps({'vocab_size': 3})[:-4], 'not a vocabulary'), (b'', 'not a vocabulary'),
             (pickle.dumps(['a']), 'not a vocabulary'),
+            (pickle.dumps({'vocab_size': 1, 'itos': [b'a']}), 'no text'),
             (pickle.dumps({'vocab_size': 'x'}), 'not a vocabulary')]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
