@@ -148,7 +148,7 @@ def join_processes(backend, rank, world_size, dtype):
     if rank == 0:
         store.set('dtype', dtype)
     elif (first := store.get('dtype').decode()) != dtype:
-        sys.exit(f'train.py: dtype={dtype} on this machine and {first} on the first; --dtype={dtype} on all')
+        sys.exit(f'train.py: dtype={dtype} on this machine and {first} on the first; give all one --dtype')
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     job = os.environ.get('TORCHELASTIC_RUN_ID', '')
     return f'agent {os.getppid()}' if job == 'none' else job, restarts != '0'
