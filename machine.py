@@ -16,6 +16,11 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
+if sys.platform == 'win32':  # where a pipe is in a code page, which lacks most characters
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(encoding='utf-8')
+
 # -----------------------------------------------------------------------------
 # the device
 
@@ -162,7 +167,8 @@ def explain(settings, ddp):
     def hook(kind, error, trace):
         text = ' '.join(str(error).split())
         line = None
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
+                "(can't allocate|not enough|out of) memory|Invalid buffer size", text):
             line = (f'out of memory ({text:.100}) with {sizes}; a lower batch_size and as much more '
                     'gradient_accumulation_steps make the same iteration')
         elif ddp and re.search(r'Connection (closed|reset)|[Pp]eer|gloo|NCCL|[Tt]imed out', text):

@@ -101,7 +101,7 @@ with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile)
     device_type = device.partition(':')[0]
     if backend == 'auto':
-        backend = 'nccl' if device_type == 'cuda' else 'gloo'
+        backend = 'nccl' if device_type == 'cuda' and dist.is_nccl_available() else 'gloo'
     config = {key: globals()[key] for key in config_keys}  # noqa: F821  with what 'auto' became
     check_train(config, device_type, ddp, world_size, local_world_size)
 explain(config, ddp)

@@ -53,6 +53,8 @@ def preparing(folder):
             owner.unlink(missing_ok=True)
             if not keep:
                 shutil.rmtree(scratch, ignore_errors=True)
+                if scratch.exists():  # Windows keeps what is mapped
+                    print(f'{scratch} is done with; remove it')
                 if new and not any(folder.iterdir()):
                     folder.rmdir()
 

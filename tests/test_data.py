@@ -384,6 +384,7 @@ def test_killed_and_run_again(tmp_path, gpt2):
     assert sorted(path.name for path in folder.iterdir()) == ['train.bin', 'val.bin']
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
 def test_ctrl_c_twice(tmp_path, gpt2):
     """ One line, no traceback of a worker, what is done stays; and the same command goes on. """
     (tmp_path / 'a.txt').write_text(prose(20_000_000))
