@@ -73,7 +73,7 @@ with one_line_errors():
         path = newest_checkpoint(out_dir)
     if init_from == 'resume' or init_from not in GPT2_NAMES and (
             os.path.isfile(init_from) or init_from.endswith('.pt')):
-        checkpoint = load_checkpoint(path, mmap=os.name == 'posix')  # else nobody could replace it
+        checkpoint = load_checkpoint(path, mmap=os.name == 'posix')  # Windows keeps what is mapped
         model = GPT(GPTConfig(**checkpoint['model_args']))
         load_weights(model, checkpoint, path)
         dataset = checkpoint.get('config', {}).get('dataset')
