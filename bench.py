@@ -174,7 +174,7 @@ def bench_sampling():
     linear = 12 * n_layer * n_embd ** 2 + n_embd * vocab_size  # weights that a token reads
     bits = {'this': 32 if dtype == 'float32' else 16, 'int8': 8}
     bits['half a block kept'] = bits['this']
-    block = torch.ones(2**27, device=device)  # 512 MB
+    block = torch.ones(2**27, device=device)  # 512 MiB
     reads = []
     times = {(name, B): [] for name in ways for B in (1, 10) if B == 1 or name != 'uncached float32'}
     for i in range(3):

@@ -25,13 +25,13 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
     tokens of padding, copies of its first token, and yields them as they come, each (B,).
 
     temperature, top_k, top_p, min_p: those of draw(). `vocab_size`: only ids below it (None: all).
-    `repetition_penalty` divides the logits above 0 of tokens that the row has, and multiplies those
-    below (arXiv 1909.05858). `uniforms` (B, max_new_tokens) in [0, 1) decide the draws; None: torch's.
-    `past_block` says what is read when there are more than block_size tokens. 'exact': the last
-    block_size, all anew for each token. 'half': they are read anew by halves of a block, so that
-    between a half and a whole is read; the longest row says when. 'roll': the keys and values of the last
-    block_size, which themselves have seen older ones; only with rotary positions, and cached. Without
-    `cached` all is always anew.
+    `repetition_penalty` divides the logits above 0 of tokens that the row has (arXiv 1909.05858), and
+    multiplies those below, as transformers does. `uniforms` (B, max_new_tokens) in [0, 1) decide the
+    draws; None: torch's. `past_block` says what is read when there are more than block_size tokens.
+    'exact': the last block_size, all anew for each token. 'half': they are read anew by halves of a block,
+    so that between a half and a whole is read; the longest row says when. 'roll': the keys and values of
+    the last block_size, which themselves have seen older ones; only with rotary positions, and cached.
+    Without `cached` all is always anew.
     """
     assert past_block in ('exact', 'half') or past_block == 'roll' and model.config.rotary and cached
     (B, T), size = idx.shape, model.config.block_size
@@ -74,9 +74,9 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
 
 def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     """
-    One token for each row of logits (B, vocab_size), where `uniforms` (B,) in [0, 1) falls among the
-    probabilities laid end to end -> (B,). Temperature 0 (below 1e-5) takes the likeliest. Of the softmax of
-    logits / temperature remain, one after another, the `top_k` likeliest (0 or None: all), the fewest
+    One token for each row of logits (B, vocab_size), where 1 - `uniforms` (B,), in (0, 1], falls among
+    the probabilities laid end to end -> (B,). Temperature 0 (below 1e-5) takes the likeliest. Of the softmax
+    of logits / temperature remain, one after another, the `top_k` likeliest (0 or None: all), the fewest
     likeliest that hold `top_p` of what is left (arXiv 1904.09751), each with the equals of the last, and
     those with at least `min_p` times the probability of the likeliest (2407.01082). Raises ValueError where
     the logits are not finite.
@@ -196,7 +196,8 @@ class LightLinear(nn.Module):
 
     With `int8` a row's weights are whole numbers times the row's largest / 127, and what they are multiplied
     with is rounded too, to 7 bits of the batch's range: 8 overflow without VNNI. This is for a token at a
-    time. Prompts are in 16 bits: their first token has outliers that would cost the others precision.
+    time, and of a longer prompt for what its last token alone needs; the rest of it is in 16 bits, as its
+    first token has outliers that would cost the others precision.
     """
 
     def __init__(self, linear, dtype, int8=False):

@@ -28,7 +28,7 @@ if sys.platform == 'win32':  # where a pipe is in a code page, which lacks most 
 GPU_PEAKS = {
     'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 836e12, 'H200': 989e12, 'H100 PCIe': 756e12,
     'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12,
-    'L4': 121e12, 'V100': 125e12, 'T4': 65e12,
+    'L4': 121e12, 'V100-PCIE': 112e12, 'V100': 125e12, 'T4': 65e12,
 }
 
 

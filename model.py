@@ -58,7 +58,7 @@ def rms_norm(x):
 
 
 def rotate(x, cos, sin):
-    """ Turns the pairs (i, i + hs/2) of x (B, T, ..., hs) by the angles of their positions (T, ..., hs). """
+    """ Turns the pairs (i, i + hs/2) of x (B, T, ..., hs) back by their positions' angles (T, ..., hs). """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 

@@ -47,7 +47,7 @@ def plan(config, model, tokens, train_tokens, iter_num, processes, peak, peak_so
 class Log:
     """
     log.csv has a row for each iteration that was logged or evaluated: the tokens trained on before it; the
-    seconds of all iterations up to its end, over all resumes; the loss of its batch and its evaluations,
+    seconds of the iterations so far, over all resumes; the loss of its batch and its evaluations,
     in nats a token; the learning rate; the norm of the gradients; tokens a second; MFU from 0 to 1.
 
     A fresh run replaces the file; one that resumes cuts off what is from its iteration on, and appends. Not
@@ -121,13 +121,17 @@ class Log:
 
 
 def in_other_units(loss, record, ids):
-    """ A loss in nats a token as perplexity, and where the tokenizer is known as bits a byte of the text. """
+    """
+    A loss in nats a token as perplexity, and where the tokenizer is known as bits a byte of the text, of
+    which an end-of-text is no part, though it costs bits.
+    """
     text = f'perplexity {math.exp(min(loss, 700)):.4g} a token'
     if record is None:
         return text
     try:
-        _, decode, _, _ = get_tokenizer(record)
+        _, decode, _, end = get_tokenizer(record)
         ids = ids[:2**20].tolist()
-        return f'{text}, {loss / math.log(2) * len(ids) / len(decode(ids).encode()):.4f} bits a byte'
+        size = len(decode([i for i in ids if i != end]).encode())
+        return f'{text}, {loss / math.log(2) * len(ids) / max(1, size):.4f} bits a byte'
     except OSError:  # no network
         return text

@@ -4,6 +4,7 @@ import math
 import re
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, run, train
@@ -66,6 +67,15 @@ def test_eval_only_says_the_loss_in_other_units(tmp_path, dataset):
     words = out.split('perplexity ')[1].split()
     assert float(words[0]) == pytest.approx(math.exp(steps[5][1]), rel=1e-3)
     assert float(words[3]) == pytest.approx(steps[5][1] / math.log(2), rel=1e-3)  # a character is a byte here
+
+
+def test_an_end_of_text_costs_bits_and_is_no_text():
+    from tokenizers import Tokenizer, decoders, models
+    tokenizer = Tokenizer(models.WordLevel({'a': 0, 'b': 1, '<|endoftext|>': 2}))
+    tokenizer.decoder = decoders.Fuse()
+    record = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': 2}
+    text = report.in_other_units(math.log(2), record, np.array([0, 1, 2, 1, 0, 2], dtype=np.uint16))
+    assert text.endswith(' 1.5000 bits a byte')  # six tokens of a bit, four letters
 
 
 @pytest.mark.parametrize('x', ['iter', 'seconds'])
