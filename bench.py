@@ -67,7 +67,7 @@ with one_line_errors():
     meta = load_meta(dataset) if real_data else None
     vocab_size = meta['vocab_size'] if meta else 50304
     data = None
-    if real_data and mode != 'sample':
+    if real_data and mode not in ('sample', 'estimate'):
         try:
             data = open_bin(dataset, 'train', block_size, vocab_size)
         except FileNotFoundError as error:

@@ -119,7 +119,7 @@ def load_meta(dataset):
     try:
         with open(path, 'rb') as f:
             meta = _DataOnly(f).load()
-        assert meta['vocab_size'].bit_length() > 0 < meta['vocab_size']  # a whole number above 0
+        assert meta['vocab_size'].bit_length() and 0 < meta['vocab_size'] <= 2**16, 'uint16 holds 65,536 ids'
         if 'itos' in meta:  # a dict, or a list
             meta['itos'] = [meta['itos'][i] for i in range(len(meta['itos']))]
             assert all(type(text) is str for text in meta['itos']), 'itos holds what is no text'
@@ -165,7 +165,7 @@ def get_tokenizer(record):
 
         def encode(text, special=False):
             if unknown := sorted(set(text) - set(stoi)):
-                raise ValueError(f'{"".join(unknown)!r} is not in the vocabulary, {"".join(itos)!r}')
+                raise ValueError(f'{"".join(unknown)!r:.99} is not in the vocabulary, {"".join(itos)!r:.199}')
             return [stoi[c] for c in text]
         return encode, lambda ids: ''.join(itos[i] for i in ids), len(itos), None
 
@@ -177,7 +177,10 @@ def get_tokenizer(record):
 
         def encode(text, special=False):
             hf.encode_special_tokens = not special
-            return hf.encode(text, add_special_tokens=False).ids
+            try:
+                return hf.encode(text, add_special_tokens=False).ids
+            except Exception as error:  # it has no token for a character, and none for the unknown
+                raise ValueError(f'no tokens for {text!r:.50}: {error}') from None
         decode = lambda ids: hf.decode(ids, skip_special_tokens=False)
         return encode, decode, max(hf.get_vocab().values()) + 1, record['end']
 

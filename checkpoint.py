@@ -5,8 +5,8 @@ beside it, where ckpt.pt is the best and not the latest, ckpt_last.pt, the same 
     model           state dict of the bare GPT; old files may have '_orig_mod.' before every key
     optimizer       state dict of AdamW
     muon            ours: state dict of Muon, where the run has one; then AdamW's is of the other tensors
-    model_args      the seven classic fields of GPTConfig, and those of NEWER that are on
-    iter_num        updates made so far; `seconds`, ours: what they took
+    model_args      the seven classic fields of GPTConfig, and others that are not at their defaults
+    iter_num        updates made so far; `tokens` and `seconds`, ours: what they read and took
     best_val_loss   the lowest so far; a 0-d tensor in old files
     config          all settings of the run
     gelu            ours: the form of GELU, 'exact' where it is missing; in memory among model_args
@@ -16,24 +16,24 @@ beside it, where ckpt.pt is the best and not the latest, ckpt_last.pt, the same 
 """
 import re
 import zipfile
+from dataclasses import fields as fields_of
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from bins import check_disk, whole_file
+from model import GPTConfig
 
-NEWER = ('rotary', 'rmsnorm', 'qk_norm', 'untied')  # who knows them not must stumble
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 MOMENTS = {'optimizer': {'step', 'exp_avg', 'exp_avg_sq'}, 'muon': {'momentum_buffer'}}
 
 
-def plain(value):
-    """ The same with numpy scalars as Python numbers: a safe load refuses them. Tensors stay. """
-    if isinstance(value, dict):
-        return {plain(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(plain(v) for v in value)
-    return value if isinstance(value, torch.Tensor) or not hasattr(value, 'item') else value.item()
+def newer_args(config):
+    """ The fields that GPT-2 has not and that are not at their defaults: who knows them not must stumble. """
+    return {field.name: getattr(config, field.name) for field in fields_of(config)
+            if field.name not in (*MODEL_ARGS, 'gelu') and getattr(config, field.name) != field.default}
 
 
 def save_checkpoint(path, model, optimizers, **fields):
@@ -46,31 +46,31 @@ def save_checkpoint(path, model, optimizers, **fields):
     checkpoint = {
         'model': state,
         **{key: optimizer.state_dict() for key, optimizer in zip(('optimizer', 'muon'), optimizers)},
-        'model_args': {name: getattr(model.config, name) for name in MODEL_ARGS + NEWER
-                       if name in MODEL_ARGS or getattr(model.config, name)},
+        'model_args': {name: getattr(model.config, name) for name in MODEL_ARGS} | newer_args(model.config),
         'gelu': model.config.gelu,
         **fields,
     }
+    checkpoint = tree_map(lambda value: value.item() if isinstance(value, np.generic) else value, checkpoint)
     moments = [value for optimizer in optimizers for of in optimizer.state.values() for value in of.values()]
     check_disk(Path(path).parent, sum(t.nbytes for t in (*model.parameters(), *moments)))
     with whole_file(path) as temporary:
         try:
-            torch.save(plain(checkpoint), temporary)
+            torch.save(checkpoint, temporary)
         except RuntimeError as error:  # of torch's writer, where the disk filled up or went away
             raise OSError(f'{path}: {str(error).splitlines()[0]}') from None
 
 
-def newest_checkpoint(out_dir):
+def newest_checkpoint(out_dir, best=False):
     """
-    The file that a run goes on from: ckpt_last.pt where it is alone in `out_dir`, or later than ckpt.pt
-    and of the same run; else ckpt.pt, there or not.
+    The file that a run goes on from: ckpt_last.pt where it is alone in `out_dir` or, unless the `best` is
+    asked for, where it is later than ckpt.pt and of the same run; else ckpt.pt, there or not.
     """
-    best, last = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
-    if not last.exists() or not best.exists():
-        return last if last.exists() else best
-    a, b = (load_checkpoint(path, mmap=True) for path in (best, last))
+    first, last = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
+    if best or not last.exists() or not first.exists():
+        return first if first.exists() or not last.exists() else last
+    a, b = (load_checkpoint(path, mmap=True) for path in (first, last))
     same = a.get('run_id') == b.get('run_id') is not None
-    return last if same and b.get('iter_num', 0) > a.get('iter_num', 0) else best
+    return last if same and b.get('iter_num', 0) > a.get('iter_num', 0) else first
 
 
 def load_checkpoint(path, mmap=False):
@@ -99,26 +99,26 @@ def load_checkpoint(path, mmap=False):
     args = checkpoint['model_args'] = dict(checkpoint['model_args'])
     if missing := [key for key in MODEL_ARGS[:6] if key not in (*args, 'bias')]:  # True where it is old
         raise ValueError(f'{path}: its model_args lack {", ".join(missing)}')
-    if unknown := sorted(set(args) - set(MODEL_ARGS + NEWER)):
+    if unknown := sorted(set(args) - {field.name for field in fields_of(GPTConfig)}):
         raise ValueError(f'{path}: this model does not know the model_args {", ".join(unknown)}')
     args['gelu'] = checkpoint.get('gelu', 'exact')
-    checkpoint['model'] = {
-        key.removeprefix('_orig_mod.'): value for key, value in checkpoint['model'].items()
-        if not key.endswith('.attn.bias')  # the causal mask, a buffer in files from before torch 2
-    }
+    checkpoint['model'] = {key.removeprefix('_orig_mod.'): value
+                           for key, value in checkpoint['model'].items()}
     checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
     return checkpoint
 
 
 def load_weights(model, checkpoint, path):
     """ Puts the checkpoint's weights into `model`. Raises ValueError that names what does not fit. """
-    theirs = checkpoint['model']
+    theirs, ours = checkpoint['model'], model.state_dict()
+    masks = {key for key in theirs if key.endswith('.attn.bias')} - set(ours)  # from before torch 2
+    theirs = {key: value for key, value in theirs.items() if key not in masks}
     try:
         model.load_state_dict(theirs)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = ' '.join(str(error).partition(':')[2].split())
         raise ValueError(f'{path} does not hold the model of its model_args: {reason:.200}') from None
-    if bad := [key for key, value in theirs.items() if not torch.isfinite(value).all()]:
+    if bad := [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]:
         raise ValueError(f'{path}: {", ".join(bad):.200} is not finite')
 
 

@@ -54,7 +54,8 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
         new = tokens[:, begin + (cache[0].length if cache else 0):n]        # (B, 1), or all of it
         left = (pad - begin).clamp(min=0) if most > begin else None         # (B,) padding still in sight
         alike = B > 1 and new.shape[1] > 1 and left is None and bool((new == new[:1]).all())
-        logits, _ = model(new[:1] if alike else new, cache=cache, pad=left)  # (B or 1, 1, vocab_size)
+        options = {} if cache is None and left is None else dict(cache=cache, pad=left)
+        logits, _ = model(new[:1] if alike else new, **options)             # (B or 1, 1, vocab_size)
         if alike:
             logits = logits.expand(B, -1, -1)
             for layer in cache or ():
@@ -228,7 +229,7 @@ class LightLinear(nn.Module):
 def lighten(model, dtype, int8=False):
     """ Puts a LightLinear in the place of every Linear of `model`, which then can only compute. """
     for name, child in model.named_children():
-        if isinstance(child, nn.Linear):
+        if type(child) is nn.Linear:  # a subclass computes something of its own
             setattr(model, name, LightLinear(child, dtype, int8))
         else:
             lighten(child, dtype, int8)

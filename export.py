@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bins import get_tokenizer, load_meta, one_line_errors, tokenizer_record
-from checkpoint import NEWER, load_checkpoint, load_weights
+from checkpoint import load_checkpoint, load_weights, newer_args, newest_checkpoint
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -108,16 +108,16 @@ library_name: transformers
 
 
 with one_line_errors():
-    path, hf_dir = os.path.join(out_dir, 'ckpt.pt'), os.path.normpath(hf_dir or os.path.join(out_dir, 'hf'))
+    hf_dir = os.path.normpath(hf_dir or os.path.join(out_dir, 'hf'))
     if os.path.exists(hf_dir):
         raise ValueError(f'{hf_dir} is there already; remove it, or name another --hf_dir')
-    checkpoint = load_checkpoint(path, mmap=True)
+    checkpoint = load_checkpoint(path := newest_checkpoint(out_dir, best=True), mmap=True)
     model = GPT(GPTConfig(**checkpoint['model_args'])).eval()
     load_weights(model, checkpoint, path)
-    newer = [flag for flag in NEWER if getattr(model.config, flag)]
-    if newer and (len(newer) < len(NEWER) or model.config.bias):
+    newer, recipe = newer_args(model.config), ('rotary', 'rmsnorm', 'qk_norm', 'untied')
+    if newer and (set(newer) != set(recipe) or model.config.bias):
         raise ValueError(f"{path} has {', '.join(newer)} and bias={model.config.bias}; transformers knows "
-                         f"{', '.join(NEWER)} together, without biases, or none of them")
+                         f"{', '.join(recipe)} together, without biases, or none of them")
     dataset = checkpoint.get('config', {}).get('dataset')
     record = checkpoint.get('tokenizer') or tokenizer_record(load_meta(dataset) if dataset else None)
     _, _, vocab_size, end = get_tokenizer(record) if record else (None, None, model.config.vocab_size, None)

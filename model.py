@@ -114,7 +114,8 @@ def padding_mask(positions, end, pad, size):
 class CausalSelfAttention(nn.Module):
     """
     Every position reads from itself and those before it, those in a KVCache too: (B, T, C) -> (B, T, C),
-    or (B, 1, C), the last one alone, with `last`. `mask` (B, 1, T or 1, all) is False for padding.
+    or (B, 1, C), the last one alone, with `last`. `mask` (B, 1, T or 1, all) is True where it reads, and
+    takes the place of the causal one.
     """
 
     def __init__(self, config):
@@ -128,7 +129,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, mask=None, last=False):
         qkv = self.c_attn(x)                                                    # (B, T, 3 C)
-        if x.device.type == 'cpu' and qkv.dtype != torch.float32:  # attention in 16 bits is the slower one
+        if x.device.type == 'cpu' and qkv.dtype.itemsize == 2:  # attention in 16 bits is the slower one
             with torch.autocast('cpu', enabled=False):
                 y = self.attend(qkv.float(), rotation, cache, mask, last).to(qkv.dtype)
         else:

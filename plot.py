@@ -13,12 +13,14 @@ from pathlib import Path
 
 from bins import one_line_errors, whole_file
 
+# the rest is for the configurator
+folders = [arg for arg in sys.argv[1:] if not arg.startswith('-') and not arg.endswith('.py')]
+sys.argv[1:] = [arg for arg in sys.argv[1:] if arg not in folders]
+
 # -----------------------------------------------------------------------------
 x = 'iter'         # iter, tokens or seconds
 file = 'loss.png'  # the picture: .png, .svg or .pdf
 # -----------------------------------------------------------------------------
-folders = [arg for arg in sys.argv[1:] if not arg.startswith('-') and not arg.endswith('.py')]
-sys.argv[1:] = [arg for arg in sys.argv[1:] if arg not in folders]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 
 LABELS = {'iter': 'iterations', 'tokens': 'tokens', 'seconds': 'seconds of training'}

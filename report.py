@@ -46,19 +46,21 @@ def plan(config, model, tokens, train_tokens, iter_num, processes, peak, peak_so
 
 class Log:
     """
-    log.csv has a row for each iteration that was logged or evaluated: the tokens trained on before it; the
+    log.csv has a row for each iteration that was logged or evaluated: the tokens trained on before it and the
     seconds of the iterations so far, over all resumes; the loss of its batch and its evaluations,
     in nats a token; the learning rate; the norm of the gradients; tokens a second; MFU from 0 to 1.
 
     A fresh run replaces the file; one that resumes cuts off what is from its iteration on, and appends. Not
     `active`: does nothing, as in all processes but the first. With `config` of wandb_log evaluations also go
     to Weights & Biases, with samples as a table if there is a `tokenizer`, a record. `identity` has the
-    `run_id`, and of a run that is resumed the `seconds` so far.
+    `run_id`, and of a run that is resumed the `tokens` and `seconds` so far.
     """
 
-    def __init__(self, config, identity, iter_num, resume, active, tokenizer):
+    def __init__(self, config, identity, iter_num, tokens_per_iter, resume, active, tokenizer):
         self.path = Path(config['out_dir'], 'log.csv') if active and not config['eval_only'] else None
         self.row, self.seconds, self.wandb, self.tokenizer = {}, 0.0, None, None
+        self.tokens = identity.get('tokens', iter_num * tokens_per_iter)
+        self.tokens_per_iter = tokens_per_iter
         if self.path:
             rows = []
             if resume and self.path.exists():
@@ -106,10 +108,11 @@ class Log:
         self.seconds += seconds
         self.row.update(values, mfu=values['mfu'] if values['mfu'] >= 0 else '')
 
-    def write(self, it, tokens, seconds):
-        """ Appends the row of iteration `it`, if there is one; `seconds` are those not logged yet. """
+    def write(self, it, seconds):
+        """ Ends iteration `it`: appends its row, if there is one; `seconds` are those not logged yet. """
         if self.path and self.row:
-            row = {'iter': it, 'tokens': it * tokens, 'seconds': self.seconds + seconds, **self.row}
+            row = {'iter': it, 'tokens': self.tokens, 'seconds': self.seconds + seconds, **self.row}
+            assert set(row) <= set(COLUMNS), f'{set(row) - set(COLUMNS)} of a row are not among the COLUMNS'
             row = [f'{value:.6g}' if isinstance(value, float) else value
                    for value in (row.get(name, '') for name in COLUMNS)]
             try:
@@ -118,6 +121,7 @@ class Log:
             except OSError as error:
                 print(f'WARNING: log.csv lacks iteration {it}: {error}', flush=True)
         self.row = {}
+        self.tokens += self.tokens_per_iter
 
 
 def in_other_units(loss, record, ids):

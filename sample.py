@@ -68,9 +68,7 @@ with one_line_errors():
     texts = [] if interactive else read_prompts(start)
 
     # the model, and the tokenizer that it was trained with
-    path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-    if init_from == 'resume' and not os.path.exists(path):  # a run that was stopped before it was evaluated
-        path = newest_checkpoint(out_dir)
+    path = newest_checkpoint(out_dir, best=True) if init_from == 'resume' else init_from
     if init_from == 'resume' or init_from not in GPT2_NAMES and (
             os.path.isfile(init_from) or init_from.endswith('.pt')):
         checkpoint = load_checkpoint(path, mmap=os.name == 'posix')  # Windows keeps what is mapped

@@ -117,7 +117,7 @@ autocast = use_device(device, dtype)
 ckpt_path, last_path = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
 with one_line_errors():
     wanted = again or init_from in ('resume', 'auto') and not eval_only
-    found = newest_checkpoint(out_dir) if wanted else ckpt_path
+    found = newest_checkpoint(out_dir, best=not wanted)
     if init_from == 'auto':
         init_from = 'resume' if found.exists() else 'scratch'
         say(f'init_from=auto: {init_from}')
@@ -165,7 +165,7 @@ with one_line_errors():
         if scaler.is_enabled() and resumed.get('scaler'):
             scaler.load_state_dict(resumed['scaler'])
         iter_num, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
-        identity.update((key, resumed[key]) for key in ('run_id', 'seconds') if key in resumed)
+        identity.update((key, resumed[key]) for key in ('run_id', 'tokens', 'seconds') if key in resumed)
         say(f'resuming {source} at iteration {iter_num:,}, best val loss {best_val_loss:.4f}')
     elif init_from != 'scratch':
         say(f'starting from the weights of {source}')
@@ -266,7 +266,7 @@ def get_lr(it):
 
 fresh, first_iter, saved_iter = init_from != 'resume', iter_num, iter_num
 with one_line_errors():
-    log = Log(config, identity, iter_num, not fresh, master_process, tokenizer)  # log.csv and wandb
+    log = Log(config, identity, iter_num, tokens_per_iter, not fresh, master_process, tokenizer)
 
 
 def save(path):
@@ -276,7 +276,7 @@ def save(path):
     if not master_process:
         return
     say(f'saving checkpoint to {out_dir}')
-    identity['seconds'] = log.seconds + seconds
+    identity.update(tokens=log.tokens, seconds=log.seconds + seconds)
     try:
         save_checkpoint(path, raw_model, optimizers, iter_num=iter_num, best_val_loss=best_val_loss,
                         config=config, tokenizer=tokenizer, scaler=scaler.state_dict(), **identity)
@@ -307,7 +307,7 @@ while True:
     # 2. evaluate, save, and end after the last update or on a signal
     finished = iter_num >= max_iters
     due = not stopping and (finished or eval_only or eval_interval and iter_num % eval_interval == 0)
-    wanted = stopping or checkpoint_interval and iter_num % checkpoint_interval == 0
+    wanted = not bad_steps and (stopping or checkpoint_interval and iter_num % checkpoint_interval == 0)
     wanted, path = wanted and iter_num > saved_iter, ckpt_path if always_save_checkpoint else last_path
     if due or wanted:
         if device_type != 'cpu':
@@ -328,7 +328,7 @@ while True:
             save(path)
         clock = time.perf_counter()
     if finished or eval_only or stopping:
-        log.write(iter_num, tokens_per_iter, seconds)
+        log.write(iter_num, seconds)
         break
 
     # 3. gradients of this process's micro-batches, reduced over the processes after the last of them
@@ -370,7 +370,7 @@ while True:
                     mfu=running_mfu)
         seconds, timed = 0.0, 0
         clock = time.perf_counter()
-    log.write(iter_num, tokens_per_iter, seconds)
+    log.write(iter_num, seconds)
 
     # 6. what the iteration reported, on CUDA the one before: a signal to any process, numbers that went bad
     iter_num += 1
@@ -385,9 +385,9 @@ while True:
             bad_steps += 1
             say(f'iter {it}: loss {lossf}, grad norm {normf}: update skipped, {bad_steps} in a row')
         if max_bad_steps and bad_steps == max_bad_steps:
-            sys.exit(f'train.py: stopped at iteration {it}: {bad_steps} updates in a row were not finite. '
-                     f'The last good checkpoint is {newest_checkpoint(out_dir)}: --init_from=resume with a '
-                     f'lower learning_rate={learning_rate}, or dtype=float32' if master_process else 1)
+            then = 'begin again' if fresh else f'{newest_checkpoint(out_dir)} is good: --init_from=resume'
+            sys.exit(f'train.py: stopped at iteration {it}: {bad_steps} updates in a row were not finite; '
+                     f'{then}, learning_rate below {learning_rate} or dtype=float32' if master_process else 1)
 
 if stopping:
     say(f'stopped by {signals.name} at iteration {iter_num:,}; --init_from=resume goes on with it')

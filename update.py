@@ -12,6 +12,7 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon; here all matrices of a size go through the products together, in `dtype`, and an
     update is left out where `found_inf` is set, as fused AdamW does.
     """
+    _step_supports_amp_scaling = True  # torch's word for an optimizer that looks at found_inf
     found_inf = None  # a tensor: 1.0 where the gradients are not finite
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
@@ -54,7 +55,8 @@ class Muon(torch.optim.Optimizer):
 def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     """
     Clips the gradients to the norm `grad_clip` (0: not), updates, forgets them -> their norm, a tensor.
-    Where that or `loss`, a tensor, is not finite, no optimizer updates: the device decides, nobody waits.
+    Where that or `loss`, a tensor, is not finite, no optimizer updates. For those that know found_inf, as
+    fused AdamW and Muon, the device decides, and nobody waits.
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -63,11 +65,12 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
             torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     finite = torch.isfinite(norm)
-    if norm.device.type != 'mps':  # whose fused AdamW does not look at it
-        for optimizer in optimizers:
+    for optimizer in optimizers:
+        looks = getattr(optimizer, '_step_supports_amp_scaling', False)
+        if looks and norm.device.type != 'mps':  # where fused AdamW does not look
             optimizer.found_inf = (~finite).float()
-    if norm.device.type != 'mps' or finite:
-        for optimizer in optimizers:
+            optimizer.step()
+        elif finite:
             optimizer.step()
     for p in parameters:
         p.grad = None

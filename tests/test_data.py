@@ -468,15 +468,20 @@ def test_custom_trained_and_sampled(tmp_path, gpt2):
     assert 'the cat' in out and ' sat on' in out
 
 
-def test_a_tokenizer_without_a_token_for_a_character(tmp_path):
+@pytest.mark.parametrize('kind, message', [
+    ('BPE', 'the tokenizer has no token for'), ('WordLevel', 'no tokens for')])
+def test_a_tokenizer_without_a_token_for_a_character(tmp_path, kind, message):
     import tokenizers
     import transformers
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0, 'b': 1}, []))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path / 'hf')
+    vocabulary = {'a': 0, 'b': 1, '\n': 2}
+    model = getattr(tokenizers.models, kind)
+    tokenizer = tokenizers.Tokenizer(model(vocabulary, []) if kind == 'BPE' else model(vocabulary))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / 'hf')
     (tmp_path / 'a.txt').write_text('ab\nab\xe9\n')
     _, error = run('data/custom/prepare.py', cwd=tmp_path, source='a.txt', name=tmp_path / 'bins',
                    tokenizer='hf', code=1)
-    assert "a.txt, line 2: the tokenizer has no token for '\xe9'" in error.splitlines()[-1]
+    assert f"{message} '\xe9'" in error.splitlines()[-1] and 'Traceback' not in error
+    assert kind != 'BPE' or 'a.txt, line 2: ' in error
     assert not (tmp_path / 'bins').exists()
 
 

@@ -242,6 +242,28 @@ def test_light_weights_give_nearly_the_same_logits(dtype, int8, native, within, 
         assert 0 < abs(kl) < within, kl
 
 
+def test_layers_of_ones_own_stay_as_they_are():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    model = make()
+    model.lm_head.__class__ = Doubled
+    expected = model(torch.arange(9)[None])[0]
+    lighten(model, torch.float32)
+    assert type(model.lm_head) is Doubled and type(model.transformer.h[0].mlp.c_fc) is not torch.nn.Linear
+    torch.testing.assert_close(model(torch.arange(9)[None])[0], expected)
+
+
+def test_a_forward_that_knows_no_cache_can_generate():
+    class Old(GPT):
+        def forward(self, idx, targets=None):
+            return super().forward(idx, targets)
+    model = make()
+    expected = model.generate(torch.arange(3)[None], 30, temperature=0)
+    model.__class__ = Old
+    assert torch.equal(model.generate(torch.arange(3)[None], 30, temperature=0, cached=False), expected)
+
+
 def test_what_an_unfinished_text_may_show():
     euro = '€'.encode()
     assert settled(('a' + '€').encode()[:-1].decode(errors='replace'), '') == 'a'

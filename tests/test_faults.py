@@ -136,7 +136,7 @@ BAD = [  # script, arguments, exit code, part of the line
           ('text', 'text.pt is not a whole checkpoint'), ('bomb', 'it carries code (io.open'),
           ('list', 'holds a list'), ('keys', 'lacks model_args'),
           ('args', 'does not know the model_args alibi'), ('head', 'must be a multiple of n_head=3'),
-          ('width', 'does not hold the model of its'), ('nan', 'lm_head.weight is not finite'),
+          ('width', 'does not hold the model of its'), ('nan', 'transformer.wte.weight is not finite'),
           ('tensor', 'parameter named "lm_head.weight", expected')]),
     *(('train.py', ['--init_from=resume', f'--out_dir={name}'], 1, part) for name, part in [
         ('no_optimizer', 'optimizer=None is not what'), ('odd_optimizer', 'or of another kind'),
@@ -451,6 +451,17 @@ def test_too_many_bad_updates_end_the_run(tmp_path, script_globals, dataset, poi
     poison(range(3, 10**9), float('nan'))
     with pytest.raises(SystemExit, match='at iteration 9: 5 updates in a row .*out/ckpt.pt.*learning_rate'):
         script_globals('train.py', **{**FAST, 'dataset': dataset, 'init_from': 'resume', 'max_bad_steps': 5})
+
+
+def test_a_model_that_went_bad_is_not_saved(tmp_path, script_globals, dataset, poison):
+    poison(range(4, 10**9), float('nan'))
+    settings = {**FAST, 'dataset': dataset, 'max_bad_steps': 5, 'eval_interval': 0}
+    with pytest.raises(SystemExit, match='finite; out/ckpt.pt is good: --init_from=resume'):
+        script_globals('train.py', **settings, checkpoint_interval=2)
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num'] == 4
+    with pytest.raises(SystemExit, match='5 updates in a row were not finite; begin again'):
+        script_globals('train.py', **settings, out_dir='new')
+    assert not list((tmp_path / 'new').glob('*.pt'))
 
 
 def test_a_scaler_that_finds_its_scale_is_not_bad(tmp_path, script_globals, dataset, capsys, monkeypatch):

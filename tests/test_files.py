@@ -1,5 +1,6 @@
 """ What is on disk: whole or absent, data and not programs, old forms understood. """
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import CLASSIC_MODEL_ARGS
 
 import bins
+import checkpoint as checkpoint_module
 from checkpoint import load_checkpoint, load_optimizers, load_weights, save_checkpoint
 from model import GPT, GPTConfig
 
@@ -89,6 +91,7 @@ def test_meta_that_carries_code_or_is_broken_is_refused(tmp_path):
     for content, message in [
             (pickle.dumps({'vocab_size': 3, 'itos': Bomb(tmp_path / 'boom')}), 'carries code'),
             (pickle.dumps({'vocab_size': np.int64(3)}), 'carries code'),
+            (pickle.dumps({'vocab_size': 2**16 + 1}), 'uint16'),
             (pickle.dumps({'vocab_size': 3})[:-4], 'not a vocabulary'), (b'', 'not a vocabulary'),
             (pickle.dumps(['a']), 'not a vocabulary'),
             (pickle.dumps({'vocab_size': 1, 'itos': [b'a']}), 'no text'),
@@ -120,6 +123,33 @@ def test_a_checkpoint_there_and_back(saved):
     assert fresh.param_groups[0]['betas'] == (0.8, 0.9) and fresh.param_groups[0]['weight_decay'] == 0.5
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(optimizer.state[p]['exp_avg_sq'], fresh.state[q]['exp_avg_sq'])
+
+
+def test_new_fields_of_the_config_are_kept(tmp_path, tiny, monkeypatch):
+    @dataclass
+    class Hacked(GPTConfig):
+        window: int = 0
+        gated: bool = True
+    monkeypatch.setattr(checkpoint_module, 'GPTConfig', Hacked)
+    classic = vars(tiny.config)
+    for values in dict(window=4), dict(gated=False), dict(window=4, gated=False, rotary=True), dict():
+        tiny.config = Hacked(**{**classic, **values})
+        save_checkpoint(tmp_path / 'ckpt.pt', tiny, [])
+        raw = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+        assert sorted(raw['model_args']) == sorted([*CLASSIC_MODEL_ARGS, *values])
+        assert Hacked(**load_checkpoint(tmp_path / 'ckpt.pt')['model_args']) == tiny.config
+
+
+def test_buffers_of_the_model_are_its_own_affair(tmp_path, tiny):
+    """ A mask that a model has comes back, whatever is in it; one of old files that it has not, goes. """
+    for block in tiny.transformer.h:
+        block.attn.register_buffer('bias', torch.full((4, 4), -float('inf')).triu(1))
+    save_checkpoint(tmp_path / 'ckpt.pt', tiny, [])
+    checkpoint = load_checkpoint(tmp_path / 'ckpt.pt')
+    load_weights(GPT(GPTConfig(**checkpoint['model_args'])), checkpoint, 'ckpt.pt')
+    tiny.transformer.h[0].attn.bias.zero_()
+    load_weights(tiny, checkpoint, 'ckpt.pt')
+    assert tiny.transformer.h[0].attn.bias.isinf().any()
 
 
 def test_the_optimizer_of_another_model_is_refused(saved, tmp_path):

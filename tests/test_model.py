@@ -398,9 +398,29 @@ def test_an_update_of_muon_has_singular_values_near_1_and_the_directions_of_the_
         assert (middle - middle.diagonal().diag()).abs().max() < 1e-4
 
 
+def test_attention_has_the_precision_of_its_input(tiny):
+    x = torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(tiny.transformer.h[0].attn.double(), x)
+
+
 def test_muon_is_for_matrices():
     with pytest.raises(AssertionError, match='not a matrix'):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_an_optimizer_that_knows_no_found_inf_waits_too(tiny, fused):
+    optimizers = [torch.optim.SGD(tiny.transformer.h.parameters(), lr=0.1, momentum=0.9),
+                  torch.optim.AdamW(tiny.transformer.wte.parameters(), lr=0.1, fused=fused)]
+    idx, scaler = torch.arange(12)[None], torch.amp.GradScaler('cpu', enabled=False)
+    for good in False, True:
+        before = [p.detach().clone() for p in tiny.transformer.h.parameters()]
+        loss = tiny(idx, idx)[1] * (1.0 if good else float('nan'))
+        loss.backward()
+        clip_and_step(optimizers, scaler, tiny.parameters(), loss.detach(), 1.0)
+        assert any(optimizers[0].state.values()) == any(optimizers[1].state.values()) == good or fused
+        assert good != all(torch.equal(a, b) for a, b in zip(before, tiny.transformer.h.parameters()))
+        assert all(p.isfinite().all() for p in tiny.parameters())
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])

@@ -56,6 +56,9 @@ def test_one_row_for_each_iteration_that_was_logged_or_evaluated(tmp_path, datas
     assert int(last['iter']) == 35 and float(last['seconds']) > seconds
     train(tmp_path, dataset, max_iters=3)
     assert [int(row['iter']) for row in rows_of(tmp_path / 'out')] == [0, 1, 2, 3]
+    train(tmp_path, dataset, max_iters=5, init_from='resume', batch_size=2 * SMALL['batch_size'])
+    tokens = [int(row['tokens']) // (4 * 16) for row in rows_of(tmp_path / 'out')]
+    assert tokens == [0, 1, 2, 3, 5, 7]
 
 
 def test_eval_only_says_the_loss_in_other_units(tmp_path, dataset):
@@ -108,11 +111,11 @@ def test_wandb_goes_without_samples_where_there_can_be_none(tmp_path, monkeypatc
     monkeypatch.setattr(wandb, 'init', lambda **kwargs: ids.append(kwargs['id']) or types.SimpleNamespace(
         log=logged.append, define_metric=lambda *_, **__: None))
     config = dict(out_dir=str(tmp_path), eval_only=True, wandb_log=True, wandb_project='', wandb_run_name='')
-    log = Log(config, {'run_id': 'id'}, 0, False, True, tokenizer)
+    log = Log(config, {'run_id': 'id'}, 0, 1, False, True, tokenizer)
     log.evaluated(3, {'train': 1.0, 'val': loss}, 0.1, 0.3, tiny, torch.arange(20))
     assert set(logged[0]) == {'iter', 'lr', 'mfu', 'train/loss', 'val/loss'}
     monkeypatch.setenv('WANDB_RUN_ID', 'theirs')  # wandb's own variable: a run begun with another script
-    Log(config, {'run_id': 'id'}, 0, False, True, tokenizer)
+    Log(config, {'run_id': 'id'}, 0, 1, False, True, tokenizer)
     assert ids == ['id', 'theirs']
 
 

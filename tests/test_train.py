@@ -172,6 +172,9 @@ def test_eval_only_writes_nothing(tmp_path, dataset):
     iters, steps, _ = train(tmp_path, dataset, eval_only=True, init_from='resume')
     assert not iters and list(steps) == [7]
     assert (tmp_path / 'out/ckpt.pt').read_bytes() == before
+    (tmp_path / 'out/ckpt.pt').rename(tmp_path / 'out/ckpt_last.pt')  # a run without a best one
+    again, _, _ = train(tmp_path, dataset, eval_only=True, init_from='auto')
+    assert not again and train(tmp_path, dataset, eval_only=True, init_from='auto')[1] == steps
 
 
 @pytest.mark.parametrize('extra', [
