@@ -1,5 +1,5 @@
 """
-The GPT: its definition, its weights from GPT-2, its optimizer and its generation, in one file.
+The GPT: its definition, its key-value cache, its weights from GPT-2, its parameter groups.
 
 Papers: GPT-2, Radford and others 2019; the attention, arXiv 1706.03762; GELU, arXiv 1606.08415;
 AdamW, arXiv 1711.05101; counting FLOPs, PaLM, arXiv 2204.02311, appendix B.
