@@ -63,7 +63,6 @@ def whole_file(path):
         os.fsync(folder)
         os.close(folder)
 
-
 # -----------------------------------------------------------------------------
 # bins
 
@@ -85,6 +84,8 @@ def open_bin(dataset, split, block_size, vocab_size):
     if size < 2 * (block_size + 1):
         raise ValueError(f'{path}: {size // 2:,} tokens; the most is --block_size={size // 2 - 1}')
     ids = np.asarray(np.memmap(path, dtype='<u2', mode='r'))
+    if ids[:2048:2].any() and not ids[1:2048:2].any():
+        raise ValueError(f'{path} holds tokens of 32 or 64 bits, not uint16; {prepare}')
     if (largest := largest_id(ids)) >= vocab_size:
         raise ValueError(f'{path} holds token {largest}, and its vocabulary has {vocab_size}; {prepare}')
     return ids
@@ -108,8 +109,7 @@ def windows(ids, starts, block_size):
 
 class _DataOnly(pickle.Unpickler):
     def find_class(self, module, name):
-        raise ValueError(f'it carries code ({module}.{name}), which was not run; '
-                         'it may hold int, str, list and dict')
+        raise ValueError(f'it carries code ({module}.{name}), which was not run; plain data is expected')
 
 
 def load_meta(dataset):
@@ -120,6 +120,7 @@ def load_meta(dataset):
         with open(path, 'rb') as f:
             meta = _DataOnly(f).load()
         assert meta['vocab_size'].bit_length() and 0 < meta['vocab_size'] <= 2**16, 'uint16 holds 65,536 ids'
+        assert (hf := meta.get('tokenizer')) is None or hf['kind'] == 'hf' and get_tokenizer(hf)
         if 'itos' in meta:  # a dict, or a list
             meta['itos'] = [meta['itos'][i] for i in range(len(meta['itos']))]
             assert all(type(text) is str for text in meta['itos']), 'itos holds what is no text'
@@ -147,7 +148,7 @@ def hf_record(name):
     """ The record of the tokenizer in a Hugging Face directory, or on the hub. """
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return {'kind': 'hf', 'json': tokenizer.backend_tokenizer.to_str(), 'end': tokenizer.eos_token_id}
     except Exception as error:  # broken files fail in any way
         raise ValueError(f'{name}: no tokenizer there that tokenizer.json can hold ({error})') from None
@@ -190,9 +191,8 @@ def get_tokenizer(record):
     except OSError as error:  # every error of requests is one
         cache = os.environ.get('TIKTOKEN_CACHE_DIR') or Path(tempfile.gettempdir(), 'data-gym-cache')
         raise OSError("could not fetch GPT-2's tokenizer, vocab.bpe and encoder.json: "
-                      f'{type(error).__name__}. tiktoken would cache it in {cache}: copy that folder from a '
-                      'machine with a network, and set TIKTOKEN_CACHE_DIR to it. Characters need none: '
-                      'python_char, shakespeare_char, holmes, and custom with --tokenizer=char') from None
+                      f'{type(error).__name__}. tiktoken would cache it in {cache}: copy that from '
+                      'a machine with a network, set TIKTOKEN_CACHE_DIR to it, or take python_char') from None
 
     def encode(text, special=False):
         names = {'<|endoftext|>'} if special else set()

@@ -4,13 +4,14 @@ the data it is to read.
 
 A rule is a pair: whether it is broken, and what to say. The first broken one is raised as a ValueError.
 """
+import json
 import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
 
-from bins import largest_id
+from bins import hf_record, largest_id, tokenizer_record
 from machine import has_compiler, has_fbgemm
 
 
@@ -106,13 +107,27 @@ def check_bench(settings):
     ])
 
 
+def tokens_of(record):
+    """ The tokens of a tokenizer that is not GPT-2's: {token: id}, None where nothing is known of them. """
+    if record and record['kind'] == 'hf':
+        return json.loads(record['json'])['model']['vocab']
+    return record and {token: i for i, token in enumerate(record['itos'])}
+
+
 def check_fit(model_config, source, data, meta, settings):
     """ The rules for a model from `source`, the bins {split: ids}, and the settings, together. """
+    theirs = ours = None
+    if meta and os.path.isdir(source) and any(
+            os.path.exists(os.path.join(source, name)) for name in ('tokenizer.json', 'vocab.json')):
+        theirs, ours = (tokens_of(record) for record in (hf_record(source), tokenizer_record(meta)))
     needed = max([largest_id(ids) + 1 for ids in data.values()] + [meta['vocab_size'] if meta else 0])
     _raise_first([
         (model_config.vocab_size < needed,
          f'{source} has a vocabulary of {model_config.vocab_size}, and dataset={settings["dataset"]} '
          f'needs {needed}'),
+        (ours and theirs != ours,
+         f'dataset={settings["dataset"]} has other tokens than {source}; data/custom/prepare.py '
+         f'--tokenizer={source} prepares text for it'),
         (settings['block_size'] > model_config.block_size,
          f'block_size={settings["block_size"]} is more than the {model_config.block_size} of {source}; '
          f'set --block_size={model_config.block_size}'),

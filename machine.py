@@ -173,6 +173,8 @@ def explain(settings, ddp):
                     'gradient_accumulation_steps make the same iteration')
         elif ddp and re.search(r'Connection (closed|reset)|[Pp]eer|gloo|NCCL|[Tt]imed out', text):
             line = f'another process of this job is gone ({text:.100}); nothing was saved by this one'
+        elif re.search('index out of range in self|device-side assert', text):
+            line = f'a token that the model does not know is in the data; prepare them again ({text:.100})'
         elif kind.__module__.startswith('wandb'):
             line = f'wandb: {text} Or set WANDB_MODE=offline, or --wandb_log=False'
         if line is None:

@@ -296,7 +296,7 @@ class GPT(nn.Module):
         from transformers import AutoConfig, GPT2LMHeadModel
         logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries; our error comes after
         try:
-            hf = AutoConfig.from_pretrained(model_type)
+            hf = AutoConfig.from_pretrained(model_type, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split('\n')[0]
             raise ValueError(f'no model {model_type!r} here or on the hub ({reason:.200}); it takes a '

@@ -143,7 +143,7 @@ with one_line_errors():
             os.path.isfile(init_from) or init_from.endswith('.pt')):
         source = found if init_from == 'resume' else init_from
         checkpoint = load_checkpoint(source)
-        if checkpoint.get('tokenizer', tokenizer) != tokenizer:
+        if (checkpoint.get('tokenizer') or tokenizer) != tokenizer:
             raise ValueError(f'{source} has another vocabulary than {dataset=!s} by its meta.pkl, if any')
         model = GPT(GPTConfig(**{**checkpoint['model_args'], 'dropout': dropout}))
         load_weights(model, checkpoint, source)

@@ -36,13 +36,20 @@ def preparing(folder):
     """
     scratch, new = folder / 'parts.tmp', not folder.exists()
     owner = scratch / 'process'
-    with one_line_errors():
-        with suppress(OSError):  # where there is no such file, or no /proc
-            if b'prepare.py' in Path('/proc', owner.read_text(), 'cmdline').read_bytes():
-                raise ValueError(f'process {owner.read_text()} is preparing {folder}; wait for it')
+    with one_line_errors(), ExitStack() as stack:
         keep = scratch.exists()
         scratch.mkdir(parents=True, exist_ok=True)
-        owner.write_text(str(os.getpid()))
+        lock = stack.enter_context(open(owner, 'a+', encoding='utf-8'))  # the system ends it with the process
+        with suppress(ImportError):  # Windows
+            from fcntl import LOCK_EX, LOCK_NB, flock
+            try:
+                flock(lock, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise ValueError(f'process {lock.read()} is preparing {folder}; wait for it') from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         try:
             yield
             keep = False
@@ -50,6 +57,7 @@ def preparing(folder):
             keep = True
             raise OSError(f'{str(error) or "interrupted."} The same command takes up what is done') from None
         finally:
+            stack.close()
             owner.unlink(missing_ok=True)
             if not keep:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -77,6 +85,10 @@ def download(url, path, digest=None):
         temporary.write_bytes(content)
 
 
+def _raise(error):
+    raise error
+
+
 def find_texts(source, *suffixes, prefix=''):
     """ Files of these suffixes whose names begin with `prefix`: `source` itself, or those in it, sorted. """
     source = Path(source).expanduser()
@@ -84,14 +96,20 @@ def find_texts(source, *suffixes, prefix=''):
         raise FileNotFoundError(f'{source} is not there')
     if source.is_file() and '.txt' in suffixes:
         return [source]  # by whatever name
-    inside = source.glob('*') if prefix else source.rglob('*')
-    paths = [path for path in sorted(inside) or [source] if path.is_file() and path.name.startswith(prefix)]
-    found = [path for path in paths if path.suffix.lower() in suffixes]
+    paths = [source]
+    if source.is_dir():
+        paths = []
+        for folder, inner, names in os.walk(source, onerror=_raise):
+            inner[:] = [name for name in inner if name[0] != '.' and not prefix]
+            paths += [Path(folder, name) for name in names if name.startswith(prefix)]
+            paths += [Path(folder, name) for name in inner if os.path.islink(Path(folder, name))]
+    found = sorted(path for path in paths if path.suffix.lower() in suffixes and path.is_file()
+                   and path.name[0] != '.')
     if not found:
         hint = '' if '.txt' in suffixes else '; data/custom/prepare.py takes .txt'
         raise ValueError(f'{source}: no {" or ".join(prefix + "*" + suffix for suffix in suffixes)}{hint}')
     if left_out := len(paths) - len(found):
-        print(f'{left_out:,} files of other kinds are left out')
+        print(f'{left_out:,} files of other kinds, hidden files or links to folders are left out')
     return found
 
 
@@ -102,7 +120,7 @@ def _read_parquet(path):
         with ParquetFile(path, memory_map=True) as file:
             if 'text' not in file.schema_arrow.names:
                 raise ValueError(f'no column text, but {", ".join(file.schema_arrow.names)}')
-            for batch in file.iter_batches(1000, columns=['text']):
+            for batch in file.iter_batches(100, columns=['text']):
                 for row, text in enumerate(batch['text'].to_pylist(), row + 1):
                     if not isinstance(text, str):
                         raise ValueError(f'row {row}: {text!r:.50} is no text')
@@ -144,27 +162,22 @@ def _read_plain(path):
             number += len(lines)
             text += new
             end = len(text.rstrip(SPACES))
-            if end:
+            if end and len(text) >= 2**20:
                 yield text[:end]
                 text = text[end:]
-    yield text
-    yield None
+    if number:
+        yield text
+        yield None
 
 
 def read_texts(path):
     """
     Yields the texts of a .parquet file (its column text), of a .jsonl file (the key text of each line),
-    or of any other, which is one text in UTF-8; and None after each. The one text comes in pieces of about
-    a million characters, cut behind the last word of a line, where no token of GPT-2 goes on. Raises
-    ValueError, with the line.
+    or of any other, which is one text in UTF-8; and None after each. A text longer than a million characters
+    comes in pieces of about that, cut behind the last word of a line, where no token of GPT-2 goes on.
+    Raises ValueError, with the line.
     """
-    reader = {'.parquet': _read_parquet, '.jsonl': _read_jsonl}.get(path.suffix.lower(), _read_plain)
-    empty = True
-    for text in reader(path):
-        empty = empty and not text
-        yield text
-    if empty:
-        raise ValueError(f'{path}: there is no text in it')
+    return {'.parquet': _read_parquet, '.jsonl': _read_jsonl}.get(path.suffix.lower(), _read_plain)(path)
 
 
 def survey(paths, record):
@@ -174,16 +187,20 @@ def survey(paths, record):
     """
     documents, characters, known = 0, 0, set()
     encode = get_tokenizer(record)[0] if record['kind'] == 'hf' else len
-    for path in tqdm(paths, desc='reading', unit=' files'):
-        for text in read_texts(path):
-            documents += text is None
-            characters += len(text or '')
-            new = set() if record['kind'] == 'gpt2' else set(text or '') - known
-            known |= new
-            if lacking := [c for c in sorted(new) if not c.isspace() and not encode(c)]:
-                with open(path, encoding='utf-8', errors='ignore') as file:
-                    line = next((f', line {i}' for i, line in enumerate(file, 1) if lacking[0] in line), '')
-                raise ValueError(f'{path}{line}: the tokenizer has no token for {lacking[0]!r}')
+    with tqdm(desc='reading', unit=' characters', unit_scale=True) as bar:
+        for path in paths:
+            for text in read_texts(path):
+                bar.update(len(text or ''))
+                documents += text is None
+                characters += len(text or '')
+                new = set() if record['kind'] == 'gpt2' else set(text or '') - known
+                known |= new
+                if lacking := [c for c in sorted(new) if not c.isspace() and not encode(c)]:
+                    with open(path, encoding='utf-8', errors='ignore') as file:
+                        at = next((f', line {i}' for i, row in enumerate(file, 1) if lacking[0] in row), '')
+                    raise ValueError(f'{path}{at}: the tokenizer has no token for {lacking[0]!r}')
+    if not characters:
+        raise ValueError(f'{paths[0]}{", ..." if paths[1:] else ""}: there is no text in it')
     print(f'{len(paths):,} files, {documents:,} documents, {characters:,} characters')
     return documents, characters, known
 
@@ -251,7 +268,7 @@ def _encode(prefix, texts):
             raise ValueError(f'token id {ids.max()} does not fit into uint16')
         check_disk(path.parent, 2 * ids.size)
         with whole_file(path) as temporary:
-            ids.astype('<u2').tofile(temporary)
+            temporary.write_bytes(ids.astype('<u2'))
     return path
 
 
@@ -277,8 +294,9 @@ def write_bins(folder, splits, record, size):
     _, _, vocab_size, _ = get_tokenizer(record)  # here its errors are seen
     if vocab_size > 2**16:
         raise ValueError(f'a vocabulary of {vocab_size:,} does not fit into uint16, which holds 65,536')
-    for path in folder.glob('*.bin.tmp'):
-        path.unlink()  # of a run that was killed
+    names = [folder / f'{name}.bin' for name in ('train', 'val', 'test')]
+    for path in names:
+        Path(f'{path}.tmp').unlink(missing_ok=True)  # of a run that was killed
     scratch = folder / 'parts.tmp'
     scratch.mkdir(parents=True, exist_ok=True)
     waiting = sum(path.stat().st_size for path in scratch.glob('*-*') if path.suffix != '.tmp')
@@ -292,7 +310,8 @@ def write_bins(folder, splits, record, size):
     else:
         pool = ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'), _start_worker, (record,))
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit
-        pool.submit(int)  # starts them
+        for _ in range(cores):
+            pool.submit(int)  # starts one
         signal.signal(signal.SIGINT, handler)
     parts, running = {split: [] for split in splits}, deque()
     bar = tqdm(total=size, unit=' characters', unit_scale=True,
@@ -321,9 +340,7 @@ def write_bins(folder, splits, record, size):
     check_disk(folder, sum(sizes.values()))
     meta = pickle.dumps(meta_of(record, vocab_size))
     meta_path = folder / 'meta.pkl'
-    with ExitStack() as files:  # all are written before the first is renamed, meta.pkl the last
-        if record['kind'] != 'gpt2':
-            files.enter_context(whole_file(meta_path)).write_bytes(meta)
+    with ExitStack() as files:  # all are written before the first is renamed, which is meta.pkl
         for split in splits:
             if not sizes[split]:
                 raise ValueError(f'{folder}: no text is left for {split}.bin')
@@ -333,8 +350,10 @@ def write_bins(folder, splits, record, size):
                         shutil.copyfileobj(part, out)
                 out.flush()
                 os.fsync(out.fileno())
+        if record['kind'] != 'gpt2':
+            files.enter_context(whole_file(meta_path)).write_bytes(meta)
         if (meta_path.read_bytes() if meta_path.exists() else pickle.dumps(None)) != meta:
-            for path in (meta_path, *folder.glob('*.bin')):  # never these with the new ones
+            for path in (*names, meta_path):  # never these with the new ones, nor without their vocabulary
                 path.unlink(missing_ok=True)
     print(f'vocabulary: {vocab_size:,} {"characters" if record["kind"] == "char" else "tokens"}')
     for split in splits:

@@ -123,6 +123,21 @@ def test_a_long_text_is_cut_where_no_token_goes_on(tmp_path, gpt2):
     assert len(pieces) > 3 and ids == gpt2.encode_ordinary(lines)
 
 
+def test_a_short_text_is_one_piece_and_an_empty_file_none(tmp_path):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in/a.txt').write_text('Hello world.\n\n')
+    (tmp_path / 'in/b.txt').write_text('')
+    (tmp_path / 'in/.git').mkdir()
+    (tmp_path / 'in/.git/c.txt').write_text('x')
+    (tmp_path / 'in/.d.txt').write_text('x')
+    (tmp_path / 'in/link').symlink_to(tmp_path)
+    (tmp_path / 'in/broken.txt').symlink_to(tmp_path / 'nowhere')
+    assert list(texts.read_texts(tmp_path / 'in/a.txt')) == ['Hello world.\n\n', None]
+    settings = dict(source='in', name=tmp_path / 'bins', tokenizer='char')
+    out, _ = run('data/custom/prepare.py', cwd=tmp_path, **settings)
+    assert '3 files of other kinds' in out and '2 files, 1 documents, 14 characters' in out
+
+
 def test_rows_of_files(tmp_path):
     rows = ['one\n', '', 'tw\u00f6 <|endoftext|>']
     (tmp_path / 'b.jsonl').write_text(''.join(json.dumps({'text': row, 'x': [1]}) + '\n\n' for row in rows))
@@ -408,12 +423,16 @@ def test_ctrl_c_twice(tmp_path, gpt2):
 def test_one_preparation_at_a_time(tmp_path):
     scratch = tmp_path / 'bins/parts.tmp'
     scratch.mkdir(parents=True)
-    other = subprocess.Popen([sys.executable, '-c', 'input()', 'prepare.py'], stdin=subprocess.PIPE)
-    (scratch / 'process').write_text(str(other.pid))
+    lock = f"import fcntl; file = open('{scratch}/process', 'w'); fcntl.flock(file, 2); print(1, flush=True)"
+    other = subprocess.Popen([sys.executable, '-c', f"{lock}; file.write('a name'); file.flush(); input()"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    while not (scratch / 'process').read_text():
+        time.sleep(0.01)
     (tmp_path / 'a.txt').write_text('some text')
     settings = dict(source='a.txt', name=tmp_path / 'bins', tokenizer='char')
     _, error = run('data/custom/prepare.py', cwd=tmp_path, code=1, **settings)
-    assert f'process {other.pid} is preparing' in error
+    assert 'process a name is preparing' in error and (scratch / 'process').exists()
     other.communicate(b'')
     run('data/custom/prepare.py', cwd=tmp_path, **settings)
 
@@ -483,6 +502,44 @@ def test_a_tokenizer_without_a_token_for_a_character(tmp_path, kind, message):
     assert f"{message} '\xe9'" in error.splitlines()[-1] and 'Traceback' not in error
     assert kind != 'BPE' or 'a.txt, line 2: ' in error
     assert not (tmp_path / 'bins').exists()
+
+
+CHARS, OTHERS = ({'kind': 'char', 'itos': itos} for itos in (['a', 'b'], ['b', 'a']))
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+@pytest.mark.parametrize('before, after', [(None, CHARS), (CHARS, OTHERS), (CHARS, {'kind': 'gpt2'}),
+                                           ({'kind': 'gpt2'}, CHARS)], ids=str)
+def test_killed_while_files_get_their_names(tmp_path, gpt2, before, after):
+    """ At no moment are there bins beside another vocabulary than theirs. """
+    splits = {'train': ['abba', None], 'val': ['bab', None]}
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        (folder / 'pytorch_model.bin').write_text('not ours')
+        if before:
+            texts.write_bins(folder, splits, before, 10)
+        if (pid := os.fork()) == 0:
+            left = iter(range(moment, -1, -1))
+            for name in 'replace', 'unlink':
+                def act(*args, act=getattr(os, name), **named):
+                    return act(*args, **named) if next(left) else os._exit(9)
+                setattr(os, name, act)
+            try:
+                texts.write_bins(folder, splits, after, 10)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        there = [name for name in splits if (folder / f'{name}.bin').exists()]
+        record = bins.tokenizer_record(bins.load_meta(folder))
+        assert record in (before, after) or not there
+        for name in there:
+            encode, _, _, end = texts.get_tokenizer(record)
+            assert read(folder, name) == [*encode(splits[name][0]), *([] if end is None else [end])]
+        assert (folder / 'pytorch_model.bin').exists()
+        if status == 0:
+            break
+    assert 6 < moment and len(there) == 2 and record == after
 
 
 def test_an_error_leaves_what_an_earlier_run_left(tmp_path):

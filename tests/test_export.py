@@ -1,5 +1,7 @@
 """ Checkpoints as Hugging Face directories, read by transformers. """
 import json
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -44,6 +46,22 @@ def test_an_export_says_what_the_checkpoint_says(tmp_path, dataset, script_globa
     assert not list(tmp_path.glob('out/*.tmp'))
     with pytest.raises(SystemExit, match='hf is there already'):
         script_globals('export.py')
+
+
+def test_fine_tuning_an_export_takes_its_tokens(tmp_path, dataset, script_globals):
+    train(tmp_path, dataset)
+    script_globals('export.py')
+    _, steps, _ = train(tmp_path, dataset, init_from='out/hf', out_dir='more')
+    _, ours, _ = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='b')
+    assert steps[0] == pytest.approx(ours[0], rel=1e-3)
+    other = tmp_path / 'other'
+    shutil.copytree(dataset, other)
+    meta = pickle.loads((other / 'meta.pkl').read_bytes())
+    meta['itos'][0], meta['itos'][1] = meta['itos'][1], meta['itos'][0]
+    (other / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    settings = {**SMALL, 'dataset': other, 'init_from': 'out/hf'}
+    _, error = run('train.py', cwd=tmp_path, code=1, **settings)
+    assert 'has other tokens than out/hf' in error
 
 
 def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, dataset, script_globals):

@@ -64,10 +64,12 @@ def ruins(tmp_path_factory, dataset):
     meta['itos'][0], meta['itos'][1] = meta['itos'][1], meta['itos'][0]
     (other / 'meta.pkl').write_bytes(pickle.dumps(meta))
     for name, content in [('meta_bomb', pickle.dumps({'vocab_size': 3, 'x': Bomb()})),
-                          ('meta_short', b'\x80'), ('meta_size', pickle.dumps({'vocab_size': -3}))]:
+                          ('meta_short', b'\x80'), ('meta_size', pickle.dumps({'vocab_size': -3})),
+                          ('meta_word', pickle.dumps({'vocab_size': 3, 'tokenizer': 'gpt2'}))]:
         shutil.copytree(dataset, folder / name)
         (folder / name / 'meta.pkl').write_bytes(content)
-    for name, content in [('odd_bin', b'abc'), ('short_bin', b'ab' * 10), ('big_ids', b'\xff\xff' * 100)]:
+    for name, content in [('odd_bin', b'abc'), ('short_bin', b'ab' * 10), ('big_ids', b'\xff\xff' * 100),
+                          ('wide', b'ab\0\0' * 100)]:
         shutil.copytree(dataset, folder / name)
         (folder / name / 'train.bin').write_bytes(content)
     (folder / 'file').write_text('')
@@ -120,6 +122,8 @@ BAD = [  # script, arguments, exit code, part of the line
     ('train.py', ['--dataset=odd_bin'], 1, '3 bytes are no uint16 tokens'),
     ('train.py', ['--dataset=short_bin'], 1, '10 tokens; the most is --block_size=9'),
     ('train.py', ['--dataset=big_ids'], 1, 'holds token 65535'),
+    ('train.py', ['--dataset=wide'], 1, 'holds tokens of 32 or 64 bits'),
+    ('train.py', ['--dataset=meta_word'], 1, 'meta.pkl is not a vocabulary'),
     ('train.py', ['--dataset=meta_bomb'], 1, 'carries code (io.open), which was not run'),
     ('train.py', ['--dataset=meta_short'], 1, 'meta.pkl is not a vocabulary'),
     ('train.py', ['--dataset=meta_size'], 1, 'meta.pkl is not a vocabulary'),
@@ -495,3 +499,6 @@ def test_out_of_memory_names_what_to_lower(script_globals, dataset, monkeypatch,
             sys.excepthook(type(error), error, None)
         error = capfd.readouterr().err
         assert 'batch_size=4' in error and 'gradient_accumulation_steps=1' in error and error.count('\n') == 1
+    with pytest.raises(SystemExit):
+        sys.excepthook(IndexError, IndexError('index out of range in self'), None)
+    assert 'a token that the model does not know' in capfd.readouterr().err
