@@ -52,6 +52,7 @@ def save_checkpoint(path, model, optimizers, **fields):
     }
     checkpoint = tree_map(lambda value: value.item() if isinstance(value, np.generic) else value, checkpoint)
     moments = [value for optimizer in optimizers for of in optimizer.state.values() for value in of.values()]
+    Path(f'{path}.tmp').unlink(missing_ok=True)  # of a run that was killed; its place may be needed
     check_disk(Path(path).parent, sum(t.nbytes for t in (*model.parameters(), *moments)))
     with whole_file(path) as temporary:
         try:
@@ -102,8 +103,7 @@ def load_checkpoint(path, mmap=False):
     if unknown := sorted(set(args) - {field.name for field in fields_of(GPTConfig)}):
         raise ValueError(f'{path}: this model does not know the model_args {", ".join(unknown)}')
     args['gelu'] = checkpoint.get('gelu', 'exact')
-    checkpoint['model'] = {key.removeprefix('_orig_mod.'): value
-                           for key, value in checkpoint['model'].items()}
+    checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
     checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
     return checkpoint
 

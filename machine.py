@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from importlib.util import find_spec
 
@@ -149,14 +149,33 @@ def join_processes(backend, rank, world_size, dtype):
     where the first of them chose another `dtype`: float16 gradients are scaled, the others' are not.
     """
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-    store = dist.PrefixStore(restarts, next(dist.rendezvous('env://'))[0])  # not the addresses of the dead
+    shared = next(dist.rendezvous('env://'))[0]
+    job = shared.compare_set('job', '', os.urandom(16).hex()).decode()  # torchrun keeps it over its restarts
+    store = dist.PrefixStore(restarts, shared)  # without the addresses of the dead
     if rank == 0:
         store.set('dtype', dtype)
     elif (first := store.get('dtype').decode()) != dtype:
         sys.exit(f'train.py: dtype={dtype} on this machine and {first} on the first; give all one --dtype')
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    job = os.environ.get('TORCHELASTIC_RUN_ID', '')
-    return f'agent {os.getppid()}' if job == 'none' else job, restarts != '0'
+    return job, restarts != '0'
+
+
+claims = {}  # by folder, what holds it
+
+
+def claim(folder):
+    """ Keeps `folder` for this process until it ends. Raises ValueError where another has it. """
+    folder = os.path.realpath(folder)
+    try:
+        import fcntl
+        if folder not in claims:
+            held = os.open(folder, os.O_RDONLY)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claims[folder] = held
+    except BlockingIOError:
+        raise ValueError(f'another run is writing to {folder}: end it, or give another --out_dir') from None
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
 
 
 def explain(settings, ddp):
@@ -206,25 +225,28 @@ def leave(code, ddp):
 
 class Signals:
     """
-    SIGINT, SIGTERM and SIGUSR1 (that of Slurm before a time limit): the first is only noted, in `number`,
-    for the loop to end in its own time; a second, 5 seconds later or more, ends at once. Earlier ones count
-    as the first: torchrun and Slurm send what they get to processes that got it too. One process says so.
+    SIGINT, SIGTERM, SIGUSR1 (that of Slurm before a time limit) and, but for nohup, SIGHUP (a terminal that
+    closed): the first is only noted, in `number`, for the loop to end in its own time; a second, 5 seconds
+    later or more, ends at once. Earlier ones count as the first: torchrun and Slurm send what they get to
+    processes that got it too. One process says so.
     """
     number, time = 0, 0.0
 
     def __init__(self, says):
         self.says = says
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-            if hasattr(signal, name):  # Windows has not all
-                signal.signal(getattr(signal, name), self.note)
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows has not all
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
 
     def note(self, number, frame):
         if self.number and time.monotonic() - self.time > 5:
             os._exit(128 + number)
         if not self.number:
             self.number, self.time = number, time.monotonic()
-            if self.says:  # not print(): it may have been interrupted
-                os.write(2, f'{self.name}: stopping after this iteration or evaluation\n'.encode())
+            with suppress(OSError):
+                if self.says:  # not print(): it may have been interrupted
+                    os.write(2, f'{self.name}: stopping after this iteration or evaluation\n'.encode())
 
     @property
     def name(self):

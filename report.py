@@ -5,6 +5,7 @@ its loss in other units.
 import csv
 import math
 import os
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,18 @@ import numpy as np
 import torch
 
 from bins import get_tokenizer, whole_file
-from machine import has_bfloat16, peak_flops
+from machine import claim, has_bfloat16, peak_flops
 
 COLUMNS = ('iter', 'tokens', 'seconds', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm',
            'tokens_per_second', 'mfu')
+
+
+def printer(active):
+    """ say(message) that prints, if `active`. A pipe that is gone or a full disk does not end a run. """
+    def say(message):
+        with suppress(OSError):
+            print(message, flush=True) if active else None
+    return say
 
 
 def plan(config, model, tokens, train_tokens, iter_num, processes, peak, peak_source):
@@ -44,6 +53,23 @@ def plan(config, model, tokens, train_tokens, iter_num, processes, peak, peak_so
         yield f'checkpoints and log.csv go to {s.out_dir}'
 
 
+def last_words(config, iter_num, first_iter, saved_iter, signal, unsaved, best_val_loss, seconds):
+    """ What a run did, in a line. `signal` names what stopped it, `unsaved` why it is not saved, else ''. """
+    out_dir, iters = config['out_dir'], iter_num - first_iter
+    if signal:
+        then = '--init_from=resume goes on with ' + ('it' if saved_iter == iter_num else f'{saved_iter:,}')
+        if unsaved or not saved_iter:
+            then = f'NOT SAVED: {unsaved or "its numbers are bad"}'
+        return f'stopped by {signal} at iteration {iter_num:,}; {then}'
+    if not iters:
+        return f'nothing was left to do: iteration {iter_num} is not below max_iters={config["max_iters"]}'
+    last = '' if Path(out_dir, 'ckpt.pt').exists() else Path(out_dir, 'ckpt_last.pt')
+    then = f'try: python sample.py --{f"init_from={last}" if last else f"out_dir={out_dir}"}'
+    then = f'NOT SAVED: {unsaved}' if unsaved else then
+    took = timedelta(seconds=round(seconds))
+    return f'{iters:,} iterations in {took}, best val loss {best_val_loss:.4f}; {then}'
+
+
 class Log:
     """
     log.csv has a row for each iteration that was logged or evaluated: the tokens trained on before it and the
@@ -62,11 +88,16 @@ class Log:
         self.tokens = identity.get('tokens', iter_num * tokens_per_iter)
         self.tokens_per_iter = tokens_per_iter
         if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after hours
+            claim(self.path.parent)
             rows = []
             if resume and self.path.exists():
-                with open(self.path, encoding='utf-8', newline='') as f:
-                    rows = [row for row in csv.DictReader(f) if None not in row.values()  # half a row
-                            and row['iter'].isdigit() and int(row['iter']) < iter_num]
+                try:
+                    with open(self.path, encoding='utf-8', newline='') as f:
+                        rows = [row for row in csv.DictReader(f) if None not in (*row, *row.values())  # whole
+                                and row.get('iter', '').isdigit() and int(row['iter']) < iter_num]
+                except (csv.Error, UnicodeDecodeError) as error:
+                    raise ValueError(f'{self.path} is damaged ({error}); remove it') from None
             self.seconds = identity.get('seconds', float(rows[-1]['seconds']) if rows else 0.0)
             with whole_file(self.path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
                 writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore', lineterminator='\n')
@@ -116,10 +147,13 @@ class Log:
             row = [f'{value:.6g}' if isinstance(value, float) else value
                    for value in (row.get(name, '') for name in COLUMNS)]
             try:
+                end = self.path.stat().st_size
                 with open(self.path, 'a', encoding='utf-8', newline='') as f:
                     csv.writer(f, lineterminator='\n').writerow(row)
             except OSError as error:
-                print(f'WARNING: log.csv lacks iteration {it}: {error}', flush=True)
+                with suppress(OSError):
+                    print(f'WARNING: log.csv lacks iteration {it}: {error}', flush=True)
+                    os.truncate(self.path, end)  # not half a row
         self.row = {}
         self.tokens += self.tokens_per_iter
 

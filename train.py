@@ -29,8 +29,8 @@ from checkpoint import load_checkpoint, load_optimizers, load_weights, newest_ch
 from checks import check_fit, check_train
 from machine import Signals, choose_device, explain, fetch, join_processes, leave, peak_flops, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
-from report import Log, in_other_units, plan
-from update import clip_and_step
+from report import Log, in_other_units, last_words, plan, printer
+from update import clip_and_step, settle
 
 # -----------------------------------------------------------------------------
 # the run
@@ -94,7 +94,7 @@ ddp = 'RANK' in os.environ
 rank, local_rank = (int(os.environ.get(key, 0)) for key in ('RANK', 'LOCAL_RANK'))
 world_size, local_world_size = (int(os.environ.get(key, 1)) for key in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
 master_process = rank == 0  # the one that prints, saves and logs
-say = lambda message: print(message, flush=True) if master_process else None
+say = printer(master_process)
 
 # what can be wrong with the settings alone
 with one_line_errors():
@@ -171,10 +171,8 @@ with one_line_errors():
         say(f'starting from the weights of {source}')
     resumed = checkpoint = None  # a copy of everything, no longer needed
 
-    if master_process and not eval_only:  # now, and not after hours
-        os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume' and (ckpt_path.exists() or last_path.exists()):
-            say(f'what an earlier run left in {out_dir} will be replaced; --init_from=resume goes on with it')
+    if init_from != 'resume' and not eval_only and found.exists():
+        say(f'what an earlier run left in {out_dir} will be replaced; --init_from=resume goes on with it')
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 peak, peak_source = peak_flops(device_type, dtype)
@@ -264,36 +262,42 @@ def get_lr(it):
 # -----------------------------------------------------------------------------
 # the loop
 
-fresh, first_iter, saved_iter = init_from != 'resume', iter_num, iter_num
+fresh, first_iter, saved_iter, saved_best = init_from != 'resume', iter_num, iter_num, best_val_loss
 with one_line_errors():
     log = Log(config, identity, iter_num, tokens_per_iter, not fresh, master_process, tokenizer)
 
 
 def save(path):
     """ The run as it is goes to `path`. Where it can't, that is said, and what was there stays. """
-    global fresh, saved_iter
-    saved_iter = iter_num
+    global best_val_loss, fresh, saved_iter, saved_best, unsaved
     if not master_process:
+        return
+    if stopping and fresh and log.seconds + seconds < 60 and newest_checkpoint(out_dir, best=True).exists():
+        unsaved = f'less than a minute does not replace what an earlier run left in {out_dir}'
         return
     say(f'saving checkpoint to {out_dir}')
     identity.update(tokens=log.tokens, seconds=log.seconds + seconds)
     try:
+        os.makedirs(out_dir, exist_ok=True)
         save_checkpoint(path, raw_model, optimizers, iter_num=iter_num, best_val_loss=best_val_loss,
                         config=config, tokenizer=tokenizer, scaler=scaler.state_dict(), **identity)
+        if path == ckpt_path or fresh:  # the other file is older, or an earlier run's
+            (last_path if path == ckpt_path else ckpt_path).unlink(missing_ok=True)
+        fresh, saved_iter, saved_best, unsaved = False, iter_num, best_val_loss, ''
     except OSError as error:
-        return say(f'WARNING: nothing was saved: {error}. The run goes on, older checkpoints are intact.')
-    if path == ckpt_path or fresh:  # the other file is older, or an earlier run's
-        (last_path if path == ckpt_path else ckpt_path).unlink(missing_ok=True)
-    fresh = False
+        unsaved, best_val_loss = str(error), saved_best
+        say(f'WARNING: nothing was saved: {error}. The run goes on, older checkpoints are intact.')
 
 
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
 loader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype))  # has the next batch ready
 loaded = device if device_type == 'cuda' else 'cpu'  # an Apple GPU is for one thread
 upcoming = loader.submit(get_batch, 'train', rank, iter_num, loaded)
+if ddp and not eval_only:
+    settle(model, *get_batch('train'), autocast)
 running_mfu = -1.0
 seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
-reports, bad_steps, stopping = [], 0, False
+reports, bad_steps, stopping, unsaved = [], 0, False, ''  # the last: why a save was none
 signals = Signals(master_process) if not eval_only else None  # from here on the iteration is finished first
 clock = begin = time.perf_counter()
 
@@ -385,16 +389,11 @@ while True:
             bad_steps += 1
             say(f'iter {it}: loss {lossf}, grad norm {normf}: update skipped, {bad_steps} in a row')
         if max_bad_steps and bad_steps == max_bad_steps:
-            then = 'begin again' if fresh else f'{newest_checkpoint(out_dir)} is good: --init_from=resume'
+            then = 'begin again' if fresh else f'--init_from=resume from {newest_checkpoint(out_dir)}'
             sys.exit(f'train.py: stopped at iteration {it}: {bad_steps} updates in a row were not finite; '
                      f'{then}, learning_rate below {learning_rate} or dtype=float32' if master_process else 1)
 
-if stopping:
-    say(f'stopped by {signals.name} at iteration {iter_num:,}; --init_from=resume goes on with it')
-elif iter_num == first_iter and not eval_only:
-    say(f'nothing was left to do: iteration {iter_num} is not below max_iters={max_iters}')
-elif not eval_only:
-    where = f'out_dir={out_dir}' if ckpt_path.exists() else f'init_from={last_path}'
-    say(f'{iter_num - first_iter:,} iterations in {timedelta(seconds=round(time.perf_counter() - begin))}, '
-        f'best val loss {best_val_loss:.4f}; try: python sample.py --{where}')
-leave(signals.exit_code if stopping else 0, ddp)
+if not eval_only:
+    say(last_words(config, iter_num, first_iter, saved_iter, stopping and signals.name, unsaved,
+                   best_val_loss, time.perf_counter() - begin))
+leave(signals.exit_code if stopping else int(unsaved != ''), ddp)

@@ -76,3 +76,15 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
         p.grad = None
     scaler.update()
     return norm
+
+
+def settle(model, x, y, autocast):
+    """
+    A backward pass whose gradients are dropped. After its first one DDP lays out anew what it adds up, and
+    with it the order of its sums, which a run that is resumed has to share with one that was not.
+    """
+    with autocast:
+        _, loss = model(x, y)
+    loss.backward()
+    for p in model.parameters():
+        p.grad = None

@@ -255,7 +255,7 @@ def wait_for(process, text):
 LONG = dict(max_iters=100_000, lr_decay_iters=100_000, eval_interval=0, always_save_checkpoint=False)
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGHUP'])
 def test_a_signal_stops_well(tmp_path, dataset, name):
     """ The iteration is finished, saved, and said; two signals within 5 seconds count as one. """
     process = begin(tmp_path, dataset, **LONG)
@@ -273,6 +273,29 @@ def test_a_signal_stops_well(tmp_path, dataset, name):
     names = [path.name for path in (tmp_path / 'untouched').glob('*.pt*')]
     assert names and names == [path.name for path in (tmp_path / 'out').glob('*.pt*')]
     same(tmp_path / 'out', tmp_path / 'untouched', names)
+
+
+def test_a_pipe_that_is_gone_does_not_end_a_run(tmp_path, dataset):
+    process = begin(tmp_path, dataset, **{**LONG, 'max_iters': 300})
+    wait_for(process, 'iter 5:')
+    process.stdout.close()
+    process.wait(60)
+    assert load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num'] == 300
+
+
+def test_one_run_at_a_time_and_none_replaced_by_a_moment_of_another(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=10)
+    before = (tmp_path / 'out/ckpt.pt').read_bytes()
+    process = begin(tmp_path, dataset, **LONG)  # forgot to resume
+    wait_for(process, 'iter 5:')
+    _, error = run('train.py', cwd=tmp_path, code=1, **{**SMALL, 'dataset': dataset, 'init_from': 'auto'})
+    assert 'another run is writing to' in error
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert 'NOT SAVED: less than a minute does not replace what an earlier run left' in out
+    assert (tmp_path / 'out/ckpt.pt').read_bytes() == before
+    assert [path.name for path in (tmp_path / 'out').glob('*.pt*')] == ['ckpt.pt']
+    train(tmp_path, dataset, max_iters=12, init_from='resume')
 
 
 def test_a_second_signal_ends_at_once(tmp_path, dataset):
@@ -413,8 +436,11 @@ def test_a_save_that_fails_is_survived(tmp_path, script_globals, dataset, monkey
     train(tmp_path, dataset, max_iters=10)
     before = (tmp_path / 'out/ckpt.pt').read_bytes()
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=1000))
-    script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 20, 'init_from': 'resume'})
+    loss = load_checkpoint(tmp_path / 'out/ckpt.pt')['best_val_loss']
+    with pytest.raises(SystemExit) as end:
+        script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 20, 'init_from': 'resume'})
     out = capsys.readouterr().out
+    assert end.value.code == 1 and f'best val loss {loss:.4f}; NOT SAVED: out: ' in out.splitlines()[-1]
     assert 'WARNING: nothing was saved: out: ' in out and 'MB are to be written' in out and 'iter 19' in out
     assert (tmp_path / 'out/ckpt.pt').read_bytes() == before
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['ckpt.pt', 'log.csv']

@@ -1,5 +1,7 @@
 """ What is on disk: whole or absent, data and not programs, old forms understood. """
 import pickle
+import shutil
+import types
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +125,15 @@ def test_a_checkpoint_there_and_back(saved):
     assert fresh.param_groups[0]['betas'] == (0.8, 0.9) and fresh.param_groups[0]['weight_decay'] == 0.5
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(optimizer.state[p]['exp_avg_sq'], fresh.state[q]['exp_avg_sq'])
+
+
+def test_what_a_killed_save_left_makes_room(tmp_path, tiny, monkeypatch):
+    stale = tmp_path / 'ckpt.pt.tmp'
+    stale.write_text('half')
+    monkeypatch.setattr(shutil, 'disk_usage',
+                        lambda folder: types.SimpleNamespace(free=0 if stale.exists() else 10**9))
+    save_checkpoint(tmp_path / 'ckpt.pt', tiny, [])
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
 
 
 def test_new_fields_of_the_config_are_kept(tmp_path, tiny, monkeypatch):

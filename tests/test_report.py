@@ -72,6 +72,36 @@ def test_eval_only_says_the_loss_in_other_units(tmp_path, dataset):
     assert float(words[3]) == pytest.approx(steps[5][1] / math.log(2), rel=1e-3)  # a character is a byte here
 
 
+def test_a_log_that_is_damaged_or_cannot_grow(tmp_path, dataset, monkeypatch, capsys):
+    train(tmp_path, dataset, max_iters=10)
+    (tmp_path / 'out/log.csv').write_text('a,b\n1,2\n')
+    train(tmp_path, dataset, max_iters=12, init_from='resume')
+    assert [row['iter'] for row in rows_of(tmp_path / 'out')] == ['10', '11', '12']
+    (tmp_path / 'out/log.csv').write_text('iter\n' + 200_000 * '9')
+    _, error = run('train.py', cwd=tmp_path, code=1, **{**SMALL, 'dataset': dataset, 'init_from': 'resume'})
+    assert 'out/log.csv is damaged (field larger' in error and error.count('\n') == 1
+
+    log = Log(dict(out_dir=tmp_path, eval_only=False, wandb_log=False), {}, 0, 64, False, True, None)
+    for it, fails in enumerate((False, True, False)):
+        log.trained(1.0, loss=2.5, mfu=0.1)
+        if fails:
+            class Half:
+                def __init__(self, file, **options):
+                    self.file = file
+
+                def writerow(self, row):
+                    self.file.write('1,64,')
+                    raise OSError('no space')
+            monkeypatch.setattr(report.csv, 'writer', Half)
+        log.write(it, 0.0)
+        monkeypatch.undo()
+    assert [row['iter'] for row in rows_of(tmp_path)] == ['0', '2']
+    assert 'lacks iteration 1' in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="'weight'"):
+        log.trained(1.0, weight=2.5, mfu=0.1)
+        log.write(3, 0.0)
+
+
 def test_an_end_of_text_costs_bits_and_is_no_text():
     from tokenizers import Tokenizer, decoders, models
     tokenizer = Tokenizer(models.WordLevel({'a': 0, 'b': 1, '<|endoftext|>': 2}))

@@ -376,6 +376,18 @@ def test_resumed_by_another_number_of_processes(tmp_path, dataset, single_proces
     assert steps[20] == pytest.approx(single_process[1][20], abs=1.01e-4)
 
 
+def test_three_processes_resume_bit_for_bit(tmp_path, dataset):
+    settings = dict(gradient_accumulation_steps=3, processes=3, n_embd=32)
+    train(tmp_path, dataset, **settings, out_dir='untouched')
+    train(tmp_path, dataset, **settings, max_iters=10)
+    job = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)['job']
+    train(tmp_path, dataset, **settings, init_from='resume')
+    a, b = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('out', 'untouched'))
+    for key in ('model', 'optimizer'):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+    assert len({job, a['job'], b['job'], ''}) == 4  # each start of torchrun is a job of its own
+
+
 def test_two_processes_with_the_recipe(tmp_path, dataset):
     settings = {**RECIPE, 'dtype': 'float32', 'gradient_accumulation_steps': 2}
     one, _, _ = train(tmp_path, dataset, out_dir='one', **settings)

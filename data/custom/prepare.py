@@ -43,7 +43,8 @@ if __name__ == '__main__':
         for broken, message in (
             (not source or not 0 < val_fraction < 1,
              f'set --source=FILE_OR_FOLDER, and val_fraction={val_fraction} between 0 and 1'),
-            (Path(os.path.normpath(folder)).parent != DATA and not os.path.isabs(name), f'name={name!r} is no name of a folder'),
+            (Path(os.path.normpath(folder)).parent != DATA and not os.path.isabs(name),
+             f'name={name!r} is no name of a folder'),
             (folder != FOLDER and (folder / 'prepare.py').exists(), f'{name} is taken; give another --name'),
             (tokenizer not in ('gpt2', 'char') and not os.path.isdir(tokenizer),
              f'tokenizer={tokenizer!r} must be gpt2, char, or a Hugging Face directory'),
