@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'data')]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors are tiny, and two threads wait for each other where the machine is busy
 
 from model import GPT, GPTConfig  # noqa: E402
 

@@ -71,6 +71,9 @@ def test_left_to_right_and_config_files_that_compute(configure, tmp_path, capsys
     result = configure('--size=5', 'a.py', '--name=mine')
     assert (result['size'], result['rate'], result['name']) == (16, 16.0, 'mine')
     assert configure('a.py', '--size=5')['size'] == 5
+    (tmp_path / 'b.py').write_text('size = 4\n')  # what is the default as well
+    assert configure('--size=5', 'b.py')['size'] == configure('a.py', 'b.py')['size'] == 4
+    configure('--size=5')
     assert 'size = 5' in capsys.readouterr().out
 
 

@@ -148,6 +148,9 @@ def test_rows_of_files(tmp_path):
     for path in paths:
         assert list(texts.read_texts(path)) == [each for row in rows for each in (row, None)]
     assert texts.find_texts(tmp_path / 'b.jsonl', '.jsonl') == [tmp_path / 'b.jsonl']
+    (tmp_path / 'within').mkdir()
+    (tmp_path / 'within/b.jsonl').write_text('{"text": "a"}')
+    assert tmp_path / 'within/b.jsonl' in texts.find_texts(tmp_path, '.jsonl')
     assert texts.find_texts(tmp_path, '.jsonl', prefix='b') == [tmp_path / 'b.jsonl']
 
 
@@ -184,6 +187,15 @@ def test_bad_files_get_one_line(tmp_path, monkeypatch, clone, capsys, gpt2, scri
         exec(compile(path.read_text(), path, 'exec'), {'__name__': '__main__', '__file__': str(path)})
     assert message in stopped.value.code and '\n' not in stopped.value.code
     assert sorted(path for path in tmp_path.rglob('*') if '__pycache__' not in str(path)) == before
+
+
+def test_the_place_of_an_error_far_down_in_a_file(tmp_path):
+    pq.write_table(pa.table({'text': [*map(str, range(2500)), None]}), tmp_path / 'a.parquet')
+    with pytest.raises(ValueError, match='row 2501: None'):
+        list(texts.read_texts(tmp_path / 'a.parquet'))
+    (tmp_path / 'a.txt').write_bytes(b'one line\n' * 300_000 + b'thr\xe9e\n')
+    with pytest.raises(ValueError, match='line 300001: not in UTF-8'):
+        list(texts.read_texts(tmp_path / 'a.txt'))
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -228,7 +240,7 @@ def test_an_unknown_character_is_named(tmp_path):
 
 
 def test_ids_that_do_not_fit_are_refused(tmp_path, monkeypatch):
-    for ids in ([70000], [-1]):
+    for ids in ([70000], [65536], [-1]):
         monkeypatch.setattr(texts, '_tokenizer', ({}, lambda text: np.array(ids), None, None, None), False)
         with pytest.raises(ValueError, match='uint16'):
             texts._encode(tmp_path / 'a', ['text'])
@@ -243,6 +255,37 @@ def test_a_disk_that_is_full_is_noticed_first(tmp_path, monkeypatch, gpt2):
     with pytest.raises(OSError, match='are free'):  # the estimate was too low
         texts.write_bins(tmp_path, {'train': ['a b ' * 10_000]}, {'kind': 'gpt2'}, 1000)
     assert not list(tmp_path.glob('*.bin*'))
+
+
+def test_characters_take_twice_their_bytes_twice(tmp_path, monkeypatch):
+    """ Two bytes a token, in the batch and in the bin. """
+    for free, enough in ((3999, False), (4000, True)):
+        monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=free))
+        try:
+            texts.write_bins(tmp_path, {'train': ['a' * 1000]}, {'kind': 'char', 'itos': ['a']}, 1000)
+        except OSError:
+            assert not enough
+        assert (tmp_path / 'train.bin').exists() == enough
+
+
+def test_short_texts_come_in_batches_too():
+    batches = list(texts._batches([''] * 3_000_000))
+    assert len(batches) == 2 and max(len(batch) for batch, _ in batches) == 2**21
+
+
+def test_what_a_kill_left_of_a_bin_is_removed(tmp_path):
+    (tmp_path / 'test.bin.tmp').write_text('half')
+    texts.write_bins(tmp_path, {'train': ['a']}, {'kind': 'char', 'itos': ['a']}, 1)
+    assert not list(tmp_path.glob('*.bin.tmp'))
+
+
+def test_a_source_that_was_edited_is_read_again(tmp_path, gpt2):
+    """ Though its rows, of an interrupted run, are in the cache under parts.tmp. """
+    path = tmp_path / 'a.jsonl'
+    for n, text in enumerate(('one', 'two')):
+        path.write_text(json.dumps({'text': text}))
+        os.utime(path, (n, n))
+        assert list(texts.each(texts.load_rows(tmp_path, path, ''))) == [text]
 
 
 def test_a_vocabulary_that_is_too_large_is_noticed_first(tmp_path):
@@ -549,7 +592,7 @@ def test_an_error_leaves_what_an_earlier_run_left(tmp_path):
     assert 'nowhere is not there' in error and len(list(tmp_path.glob('bins/parts.tmp/*'))) == 1
 
 
-def test_gpt2_tokens_trained_and_sampled(tmp_path, gpt2):
+def test_gpt2_tokens_trained_and_sampled(tmp_path, gpt2, script_globals):
     """ One document: cut by its characters, with one end-of-text. """
     text = prose(5000)
     (tmp_path / 'mine').write_text(text)
@@ -560,6 +603,8 @@ def test_gpt2_tokens_trained_and_sampled(tmp_path, gpt2):
     train(tmp_path, folder, max_iters=2)
     out, _ = run('sample.py', cwd=tmp_path, start='the<|endoftext|>', num_samples=1, max_new_tokens=5, seed=1)
     assert 'the<|endoftext|>' in out
+    names = script_globals('sample.py', start='the<|endoftext|>', num_samples=1, max_new_tokens=1)
+    assert names['prompts'] == [[*gpt2.encode_ordinary('the'), 50256]]
 
 
 def test_eval_split(tmp_path, dataset):

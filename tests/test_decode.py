@@ -1,12 +1,13 @@
 """ Decoding, against the uncached forward pass, closed forms, transformers, and float32. """
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from decode import complete, draw, lighten, next_tokens, settled
+from decode import LightLinear, complete, draw, fitting, lighten, next_tokens, settled
 from machine import has_fbgemm
 from model import GPT, GPTConfig
 
@@ -222,6 +223,16 @@ def test_repetition_penalty_is_that_of_transformers():
     assert [int(t) for t in padded] == ids[4:]
 
 
+def test_repetition_penalty_of_logits_below_zero():
+    """ Most of GPT-2's are. """
+    model, logits = make(), torch.tensor([[[-1.0, -1.5, -4.0]]])
+    model.forward = lambda idx, cache=None, pad=None: (logits, None)
+    settings = dict(temperature=0, repetition_penalty=1.7, cached=False)
+    assert [int(t) for t in next_tokens(model, torch.tensor([[2]]), 3, **settings)] == [0, 1, 0]
+    logits = -logits  # and above: 1.0, 1.5, 4.0, and 4.0 / 1.7
+    assert [int(t) for t in next_tokens(model, torch.tensor([[2]]), 2, **settings)] == [2, 2]
+
+
 @pytest.mark.parametrize('dtype, int8, native, within', [
     (torch.float16, False, False, 1e-5), (torch.float16, False, True, 1e-2),
     (torch.bfloat16, False, False, 1e-2), (torch.float16, True, False, 1e-2)], ids=str)
@@ -264,10 +275,29 @@ def test_a_forward_that_knows_no_cache_can_generate():
     assert torch.equal(model.generate(torch.arange(3)[None], 30, temperature=0, cached=False), expected)
 
 
+@pytest.mark.skipif(not has_fbgemm('cpu'), reason='no kernel on this CPU')
+@pytest.mark.parametrize('T', [2, 40])
+def test_a_prompt_is_in_16_bits_with_int8(T):
+    """ In 8, the first token's outliers would leave the others nothing of their range. """
+    linear, x = torch.nn.Linear(128, 16), torch.randn(1, T, 128)
+    x[0, 0] *= 1000
+    light = LightLinear(linear, torch.float16, int8=True)
+    torch.testing.assert_close(light(x)[0, 1:].float(), linear(x)[0, 1:], atol=0.03, rtol=0.03)
+
+
+def test_as_many_samples_as_memory_holds():
+    config = GPTConfig()
+    model, cache = types.SimpleNamespace(config=config), 2 * config.n_layer * config.n_embd * 100 * 4  # bytes
+    assert 0.3 * 10**9 / cache < fitting(model, 100, 10**9) < 10**9 / cache
+    assert fitting(model, 10**9, 10**9) == fitting(model, config.block_size, 10**9) < 10
+    assert fitting(model, 100, 0) == 1
+
+
 def test_what_an_unfinished_text_may_show():
     euro = '€'.encode()
     assert settled(('a' + '€').encode()[:-1].decode(errors='replace'), '') == 'a'
     assert settled('a€', '') == 'a€' and len(euro) == 3
+    assert settled('xaa', 'aab') == settled('xa', 'aab') == 'x' and settled('xab', 'aab') == 'xab'
     assert settled('one\n', '\n\n') == 'one' and settled('one\n', '') == 'one\n'
 
 
@@ -281,9 +311,10 @@ def test_stop_and_characters_of_several_tokens(capsys):
         at[0] += 1
         return F.one_hot(torch.tensor([[text[at[0] % len(text)]]] * len(idx)), 256).float()
     decode = lambda ids: bytes(ids).decode(errors='replace')
-    for stop, expected, count in (('', text.decode(), len(text)), ('\n\n', 'ab€ 1', 9), ('€', 'ab', 5)):
-        at = [-1]
-        texts, counts, seconds = complete(model, decode, [list(b'> ')], torch.zeros(1, len(text)), stop,
+    for stop, expected, count in (('', text.decode(), len(text)), ('\n\n', 'ab€ 1', 9), ('€', 'ab', 5),
+                                  ('\n\n', 'ab€ 1\n', 8)):  # half of a stop is all that comes
+        at, most = [-1], min(len(text), count if expected.endswith('\n') else len(text))
+        texts, counts, seconds = complete(model, decode, [list(b'> ')], torch.zeros(1, most), stop,
                                           show=True, temperature=0, cached=False)
         assert texts == [expected] and counts == [count] and seconds > 0
         assert capsys.readouterr().out == expected + '\n'

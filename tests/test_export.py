@@ -1,5 +1,6 @@
 """ Checkpoints as Hugging Face directories, read by transformers. """
 import json
+import os
 import pickle
 import shutil
 
@@ -28,8 +29,14 @@ def ours_and_theirs(out_dir, hf_dir):
 @torch.no_grad()
 def test_an_export_says_what_the_checkpoint_says(tmp_path, dataset, script_globals, flags):
     train(tmp_path, dataset, **flags)
-    script_globals('export.py')
+    synced, fsync = set(), os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda fd: synced.add(os.fstat(fd).st_ino) or fsync(fd))
+        script_globals('export.py')
+    assert {path.stat().st_ino for path in (tmp_path / 'out/hf').iterdir()} <= synced
     model, record, theirs, tokenizer = ours_and_theirs(tmp_path / 'out', tmp_path / 'out/hf')
+    config = theirs.config.to_dict()  # the other form of GELU would differ by less than the logits' tolerance
+    assert config.get('hidden_act', config.get('activation_function')) == 'gelu'
     idx = torch.randint(model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], atol=1e-5, rtol=1e-5)
     encode, decode, _, _ = get_tokenizer(record)
@@ -42,7 +49,9 @@ def test_an_export_says_what_the_checkpoint_says(tmp_path, dataset, script_globa
                                 max_new_tokens=13)
     assert continued.tolist() == model.generate(prompt, 13, temperature=0).tolist()
     assert theirs.generate(prompt).shape == (1, 3 + 8)  # half a block
-    assert '| learning_rate | `0.01` |' in (tmp_path / 'out/hf/README.md').read_text()
+    card = (tmp_path / 'out/hf/README.md').read_text()
+    assert '| learning_rate | `0.01` |' in card and ', 20 iterations on' in card
+    assert f'best validation loss {load_checkpoint(tmp_path / "out/ckpt.pt")["best_val_loss"]:.4f} ' in card
     assert not list(tmp_path.glob('out/*.tmp'))
     with pytest.raises(SystemExit, match='hf is there already'):
         script_globals('export.py')
@@ -116,6 +125,8 @@ def test_the_round_trip_from_hugging_face_and_back(tmp_path, script_globals, clo
     run('export.py', cwd=tmp_path)
     model, record, theirs, again = ours_and_theirs(tmp_path / 'out', tmp_path / 'out/hf')
     assert model.config.gelu == 'tanh' and json.loads(record['json']) and again.eos_token == '<end>'
+    assert theirs.generation_config.eos_token_id == again.eos_token_id == record['end']  # it can stop
+    assert again.model_max_length == 32
     idx = torch.tensor([again('The cat sat. Où').input_ids])
     assert idx.tolist() == [tokenizer('The cat sat. Où').input_ids]
     with torch.no_grad():

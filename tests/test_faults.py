@@ -151,7 +151,7 @@ BAD = [  # script, arguments, exit code, part of the line
     # sample.py
     *(('sample.py', [f'--{name}={value}'], 1, f'{name}={value}') for name, value in [
         ('temperature', -1.0), ('top_k', -1), ('num_samples', -1), ('seed', -1), ('max_new_tokens', -1),
-        ('top_p', 0.0), ('top_p', 1.5), ('min_p', -0.1), ('repetition_penalty', 0.0),
+        ('top_p', 0.0), ('top_p', 1.5), ('min_p', -0.1), ('min_p', 1.5), ('repetition_penalty', 0.0),
         ('start', 'FILES:nothing*'), ('start', 'LINES:empty.txt'), ('out', 'nowhere/samples.jsonl')]),
     *(('sample.py', [f'--{name}={value}'], 1, f'{name}={value!r}') for name, value in [
         ('past_block', 'most'), ('past_block', 'roll'), ('quantize', 'int4')]),
@@ -419,6 +419,20 @@ def test_the_best_and_the_latest(tmp_path, dataset):
     assert {checkpoint['iter_num'] for checkpoint in found} == {4}
 
 
+@pytest.mark.parametrize('eval_interval, expected', [
+    (0, {'ckpt_last.pt': 12}), (10, {'ckpt.pt': 10, 'ckpt_last.pt': 12})])
+def test_a_new_run_replaces_all_of_an_earlier_one_and_keeps_its_own(tmp_path, script_globals, dataset, poison,
+                                                                    eval_interval, expected):
+    train(tmp_path, dataset)  # leaves a ckpt.pt, which a resume would take up
+    poison(range(13, 10**9), float('nan'))  # ends it without an evaluation
+    with pytest.raises(SystemExit):
+        script_globals('train.py', **{**SMALL, 'dataset': dataset, 'always_save_checkpoint': False,
+                                      'checkpoint_interval': 3, 'max_bad_steps': 2,
+                                      'eval_interval': eval_interval})
+    found = {path.name: load_checkpoint(path)['iter_num'] for path in (tmp_path / 'out').glob('*.pt')}
+    assert found == expected
+
+
 def test_an_improvement_at_the_moment_of_the_stop_is_not_lost(tmp_path, dataset):
     """ Stopped before an evaluation that would have saved the best model, resumed, it still does. """
     settings = dict(always_save_checkpoint=False, eval_interval=10, max_iters=10)
@@ -486,12 +500,18 @@ def test_too_many_bad_updates_end_the_run(tmp_path, script_globals, dataset, poi
 def test_a_model_that_went_bad_is_not_saved(tmp_path, script_globals, dataset, poison):
     poison(range(4, 10**9), float('nan'))
     settings = {**FAST, 'dataset': dataset, 'max_bad_steps': 5, 'eval_interval': 0}
-    with pytest.raises(SystemExit, match='finite; out/ckpt.pt is good: --init_from=resume'):
+    with pytest.raises(SystemExit, match='finite; --init_from=resume from out/ckpt.pt, learning_rate below'):
         script_globals('train.py', **settings, checkpoint_interval=2)
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')['iter_num'] == 4
     with pytest.raises(SystemExit, match='5 updates in a row were not finite; begin again'):
         script_globals('train.py', **settings, out_dir='new')
     assert not list((tmp_path / 'new').glob('*.pt'))
+
+
+def test_bad_updates_between_good_ones_do_not_end_the_run(script_globals, dataset, poison):
+    poison({1, 3, 5, 7}, float('nan'))
+    names = script_globals('train.py', **{**FAST, 'dataset': dataset, 'max_bad_steps': 2})
+    assert names['iter_num'] == 20 and names['bad_steps'] == 0
 
 
 def test_a_scaler_that_finds_its_scale_is_not_bad(tmp_path, script_globals, dataset, capsys, monkeypatch):

@@ -1,4 +1,6 @@
 """ What is on disk: whole or absent, data and not programs, old forms understood. """
+import math
+import os
 import pickle
 import shutil
 import types
@@ -11,7 +13,7 @@ from conftest import CLASSIC_MODEL_ARGS
 
 import bins
 import checkpoint as checkpoint_module
-from checkpoint import load_checkpoint, load_optimizers, load_weights, save_checkpoint
+from checkpoint import load_checkpoint, load_optimizers, load_weights, newest_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
 
 
@@ -52,6 +54,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """ And the name before the block is left: after a power cut there is the old file, or the new. """
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: events.append(os.fstat(fd).st_ino) or fsync(fd))
+    monkeypatch.setattr(os, 'replace', lambda *names: events.append('named') or replace(*names))
+    with bins.whole_file(tmp_path / 'file') as temporary:
+        temporary.write_text('new')
+    file, folder = (tmp_path / 'file').stat().st_ino, tmp_path.stat().st_ino
+    assert events == [file, 'named', *([folder] if os.name == 'posix' else [])]
+
+
 # -----------------------------------------------------------------------------
 # bins and meta.pkl
 
@@ -79,6 +92,7 @@ def test_the_largest_id_of_a_sample(tmp_path):
     ids.tofile(tmp_path / 'train.bin')
     assert bins.largest_id(bins.open_bin(tmp_path, 'train', block_size=8, vocab_size=50304)) == 4999
     assert bins.largest_id(ids[:9]) == 8
+    assert bins.largest_id(np.where(ids == 70, 9000, ids)) == 9000  # of so short a bin all is read
 
 
 def test_windows_against_a_loop(tmp_path):
@@ -105,6 +119,17 @@ def test_meta_that_carries_code_or_is_broken_is_refused(tmp_path):
     assert bins.load_meta(tmp_path / 'elsewhere') is None
     path.write_bytes(pickle.dumps({'vocab_size': 4, 'itos': ['a', 'b']}))  # padded, and a list
     assert bins.tokenizer_record(bins.load_meta(tmp_path)) == {'kind': 'char', 'itos': ['a', 'b']}
+
+
+def test_a_hugging_face_tokenizer_with_a_gap_and_a_special_token():
+    from tokenizers import Tokenizer, decoders, models
+    tokenizer = Tokenizer(models.WordLevel({'a': 0, 'b': 7}))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(['<end>'])
+    end = tokenizer.token_to_id('<end>')
+    encode, decode, size, _ = bins.get_tokenizer({'kind': 'hf', 'json': tokenizer.to_str(), 'end': end})
+    assert size == max(7, end) + 1  # ids go up to there, though there are three
+    assert encode('<end>', special=True) == [end] and decode([0, end, 7]) == 'a<end>b'
 
 
 # -----------------------------------------------------------------------------
@@ -161,6 +186,44 @@ def test_buffers_of_the_model_are_its_own_affair(tmp_path, tiny):
     tiny.transformer.h[0].attn.bias.zero_()
     load_weights(tiny, checkpoint, 'ckpt.pt')
     assert tiny.transformer.h[0].attn.bias.isinf().any()
+
+
+def test_what_old_checkpoints_lack(saved):
+    path, _, _ = saved
+    old = torch.load(path, weights_only=True)
+    del old['gelu'], old['best_val_loss']
+    torch.save(old, path)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint['model_args']['gelu'] == 'exact' and checkpoint['best_val_loss'] == math.inf
+
+
+def test_of_two_files_of_one_iteration_the_best_goes_on(saved):
+    """ A kill between the write of ckpt.pt and the removal of ckpt_last.pt, whose best loss is older. """
+    path, model, optimizer = saved
+    for name, run_id, iter_num in (('ckpt.pt', 'a', 5), ('ckpt_last.pt', 'a', 5)):
+        save_checkpoint(path.parent / name, model, [optimizer], run_id=run_id, iter_num=iter_num)
+    assert newest_checkpoint(path.parent).name == 'ckpt.pt'
+    save_checkpoint(path.parent / 'ckpt_last.pt', model, [optimizer], run_id='a', iter_num=6)
+    assert newest_checkpoint(path.parent).name == 'ckpt_last.pt'
+
+
+def test_a_disk_that_fills_up_during_a_save(saved, monkeypatch):
+    """ torch's writer says so by a RuntimeError; train.py goes on after an OSError. """
+    path, model, optimizer = saved
+    before = path.read_bytes()
+    weights = sum(p.nbytes for p in model.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=2 * weights))
+        with pytest.raises(OSError, match='are free'):  # with both moments there are three times as many
+            save_checkpoint(path, model, [optimizer])
+
+    def save(checkpoint, file):
+        file.write_bytes(b'half')
+        raise RuntimeError('PytorchStreamWriter failed writing file data/3: file write failed\nframe #0')
+    monkeypatch.setattr(torch, 'save', save)
+    with pytest.raises(OSError, match='ckpt.pt: PytorchStreamWriter failed .* file write failed$'):
+        save_checkpoint(path, model, [optimizer])
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_the_optimizer_of_another_model_is_refused(saved, tmp_path):

@@ -1,6 +1,8 @@
 """ The model against Hugging Face's GPT-2, closed forms, and its own promises. """
 import math
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import transformers
 
 import machine
 from machine import choose_device, peak_flops
-from model import GPT, GPTConfig, rotate
+from model import GPT, GPTConfig, KVCache, padding_mask, rotate
 from update import Muon, clip_and_step
 
 
@@ -63,6 +65,14 @@ def test_exact_gelu_of_a_hugging_face_model(hf_directory, tmp_path):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
     assert ours.config.gelu == 'exact'
+
+
+def test_dropout_alone_can_be_set_beside_the_weights_of_gpt2(hf_directory):
+    model = GPT.from_pretrained(str(hf_directory), dict(dropout=0.3))
+    assert model.config.dropout == model.transformer.h[0].attn.dropout == 0.3
+    assert GPT.from_pretrained(str(hf_directory)).config.dropout == 0
+    with pytest.raises(AssertionError, match='only dropout'):
+        GPT.from_pretrained(str(hf_directory), dict(n_layer=2))
 
 
 def test_other_models_and_names_are_refused(tmp_path):
@@ -165,11 +175,15 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tiny):
     assert tiny.generate(torch.zeros(300, 1, dtype=torch.long), 3, top_k=0)[:, 1:].max() > 7
 
 
-def test_flops_and_mfu(tiny):
+def test_flops_and_mfu(tiny, monkeypatch):
     flops = 6 * tiny.get_num_params() + 12 * 2 * 2 * 8 * 16  # 6 N + 12 L H Q T
     assert tiny.flops_per_token(16) == flops
     assert tiny.estimate_mfu(5, 0.5, peak=1e9) == pytest.approx(flops * 16 * 5 / 0.5 / 1e9)
     assert peak_flops('cpu', 'float32')[0] > 1e9
+    clock = iter(range(100))
+    monkeypatch.setattr(time, 'perf_counter', lambda: float(next(clock)))  # a product takes a second
+    assert peak_flops.__wrapped__('cpu', 'float32')[0] == 2 * 512**3
+    monkeypatch.undo()
     assert tiny.estimate_mfu(5, 0.5) > 0
 
 
@@ -246,6 +260,12 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capability, compiler, tr
 def test_a_cpu_computes_in_what_it_has(monkeypatch, has, dtype):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has)
     assert choose_device('cpu') == ('cpu', dtype, False)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/meminfo'), reason='a guess there')
+def test_free_memory_is_in_bytes():
+    size, pages, free = map(os.sysconf, ('SC_PAGE_SIZE', 'SC_PHYS_PAGES', 'SC_AVPHYS_PAGES'))
+    assert 0.5 * size * free < machine.free_memory('cpu') <= size * pages
 
 
 def test_choosing_the_device():
@@ -326,10 +346,22 @@ def test_rotary_models_crop_without_a_table(recipe):
     before = recipe(idx)[0]
     recipe.crop_block_size(8)
     assert torch.equal(recipe(idx)[0], before)
+    assert not {'cos', 'sin'} & set(recipe.state_dict())  # of 16 positions: a cropped model would not load
     with pytest.raises(ValueError, match='block_size=8'):
         recipe(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match='even'):
         GPTConfig(n_embd=15, n_head=3, rotary=True)
+
+
+def test_the_mask_follows_the_keys_around_a_full_cache():
+    cache, size, pads = KVCache(5), 5, (0, 3, 6)
+    for n in range(15):
+        token = torch.full((3, 1, 1, 1), float(n))
+        keys, _ = cache.extend(token, token)
+        mask = padding_mask(torch.tensor([n]), n + 1, torch.tensor(pads), size)
+        for row, pad in enumerate(pads):
+            read = keys[row, 0, :, 0][mask[row, 0, 0]].tolist()
+            assert sorted(read) == [i for i in range(max(0, n + 1 - size), n + 1) if i >= pad or i == n]
 
 
 def test_a_table_that_is_only_looked_up_costs_no_flops(tiny, recipe):
@@ -401,6 +433,35 @@ def test_an_update_of_muon_has_singular_values_near_1_and_the_directions_of_the_
 def test_attention_has_the_precision_of_its_input(tiny):
     x = torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(tiny.transformer.h[0].attn.double(), x)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_muon_of_a_model(recipe, dtype):
+    muon = recipe.configure_muon(0.02, 0.1, dtype)
+    assert (muon.param_groups[0]['lr'], muon.param_groups[0]['weight_decay']) == (0.02, 0.1)
+    assert muon.dtype == (torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
+
+
+def test_muon_waits_when_the_very_first_gradients_are_bad():
+    """ As those of float16, whose scale is being found, often are; there is no momentum yet. """
+    before, params = matrices(), matrices()
+    for p in params:
+        p.grad = torch.full_like(p, float('inf'))
+    optimizer = Muon(params, lr=0.1, weight_decay=0.1)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params))
+    assert not any(state['momentum_buffer'].any() for state in optimizer.state.values())
+
+
+def test_a_bad_loss_holds_the_update_though_the_gradients_are_good(tiny):
+    """ As in the other processes, where one of them has it. """
+    optimizer = tiny.configure_optimizers(0.1, 0.1, (0.9, 0.95), 'cpu')
+    idx, before = torch.arange(12)[None], [p.detach().clone() for p in tiny.parameters()]
+    tiny(idx, idx)[1].backward()
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    assert not clip_and_step([optimizer], scaler, tiny.parameters(), torch.tensor(math.nan), 1.0).isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny.parameters()))
 
 
 def test_muon_is_for_matrices():

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import report
-from memory import memory_of_training
+from memory import MemoryCount, memory_of_training
 from model import GPT, GPTConfig
 from report import Log
 
@@ -111,6 +111,11 @@ def test_an_end_of_text_costs_bits_and_is_no_text():
     assert text.endswith(' 1.5000 bits a byte')  # six tokens of a bit, four letters
 
 
+def test_bits_a_byte_of_text_beyond_ascii():
+    text = report.in_other_units(math.log(2), {'kind': 'char', 'itos': ['a', 'é', '€']}, np.array([0, 1, 2]))
+    assert text == 'perplexity 2 a token, 0.5000 bits a byte'  # three bits for 1 + 2 + 3 bytes
+
+
 @pytest.mark.parametrize('x', ['iter', 'seconds'])
 def test_plot_draws_runs(tmp_path, dataset, script_globals, x):
     train(tmp_path, dataset)
@@ -123,6 +128,18 @@ def test_plot_draws_runs(tmp_path, dataset, script_globals, x):
     assert [len(line.get_xdata()) for line in lines] == [20, 3, 0, 4]
     assert list(lines[1].get_ydata()) == [float(row['val_loss']) for row in rows_of(tmp_path / 'out')
                                           if row['val_loss']]
+
+
+@pytest.mark.parametrize('x, at', [('iter', [0, 2, 3]), ('tokens', [0, 128, 192]), ('seconds', [5, 11, 13])])
+def test_a_plot_and_its_log(tmp_path, script_globals, x, at):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a/log.csv').write_text('iter,tokens,seconds,loss,val_loss\n'
+                                        '0,0,5,9,9\n1,64,7,3,\n2,128,11,4,2\n3,192,13,,3\n')
+    axes = script_globals('plot.py', 'a', x=x)['axes']
+    batches, evaluated = axes.get_lines()
+    assert list(batches.get_ydata()) == [9, 3, 4] and list(evaluated.get_ydata()) == [9, 2, 3]
+    assert list(evaluated.get_xdata()) == at and evaluated.get_label() == 'a: 2.0000 at best'
+    assert axes.get_ylim() == pytest.approx((1.9, 4.1))  # without the steep beginning
 
 
 def test_plot_says_what_is_wrong(tmp_path, dataset, script_globals):
@@ -147,6 +164,46 @@ def test_wandb_goes_without_samples_where_there_can_be_none(tmp_path, monkeypatc
     monkeypatch.setenv('WANDB_RUN_ID', 'theirs')  # wandb's own variable: a run begun with another script
     Log(config, {'run_id': 'id'}, 0, 1, False, True, tokenizer)
     assert ids == ['id', 'theirs']
+
+
+def test_samples_for_wandb_leave_the_model_training(tmp_path, monkeypatch, tiny):
+    import wandb
+    logged = []
+    monkeypatch.setattr(wandb, 'init', lambda **kwargs: types.SimpleNamespace(
+        log=logged.append, define_metric=lambda *_, **__: None))
+    config = dict(out_dir=str(tmp_path), eval_only=True, wandb_log=True, wandb_project='', wandb_run_name='')
+    record = {'kind': 'char', 'itos': [chr(65 + i) for i in range(40)]}
+    log = Log(config, {'run_id': 'id'}, 0, 1, False, True, record)
+    log.evaluated(3, {'train': 1.0, 'val': 1.0}, 0.1, 0.3, tiny, torch.arange(20))
+    assert len(logged[0]['samples'].data) == 3 and logged[0]['mfu'] == 30.0  # per cent, as nanoGPT
+    assert all(module.training for module in tiny.modules())  # or the rest of the run had no dropout
+
+
+def test_the_time_that_a_run_will_take(tiny):
+    config = dict(device='cpu', dtype='float32', compile=False, muon_lr=0, eval_only=False, max_iters=12,
+                  block_size=16, backend='gloo', out_dir='out')
+    peak = 1000 * tiny.flops_per_token(16)  # a thousand tokens a second
+    for processes, text in ((0, '0:10:00'), (1, '0:10:00'), (2, '0:05:00')):  # of 180,000 tokens, at 30%
+        lines = list(report.plan(config, tiny, 18_000, 90_000, 2, processes, peak, 'a guess'))
+        assert f'10 iterations: 180,000 tokens, 2 epochs, about {text} at an mfu of 30%' in '\n'.join(lines)
+
+
+def test_mfu_is_a_running_mean_and_none_at_first(tmp_path, dataset, script_globals):
+    names = script_globals('train.py', **{**SMALL, 'dataset': dataset, 'gradient_accumulation_steps': 3})
+    rows = [row for row in rows_of(tmp_path / 'out') if row['loss']]
+    assert [row['mfu'] for row in rows[:5]] == [''] * 5
+    share, expected = names['raw_model'].flops_per_token(16) / names['peak'], None
+    for row in rows[5:]:
+        now = float(row['tokens_per_second']) * share
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+        assert float(row['mfu']) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_whose_checkpoint_knows_no_seconds_goes_on_from_those_of_its_log(tmp_path):
+    config = dict(out_dir=str(tmp_path), eval_only=False, wandb_log=False)
+    (tmp_path / 'log.csv').write_text('iter,seconds\n3,50\n4,60\n5,70\n')
+    assert Log(config, {'run_id': 'id'}, 5, 1, True, True, None).seconds == 60
+    assert Log(config, {'run_id': 'id', 'seconds': 65.0}, 5, 1, True, True, None).seconds == 65
 
 
 def test_a_dtype_that_is_slower_here_is_named(monkeypatch, tiny):
@@ -177,14 +234,16 @@ def test_estimates_are_those_of_a_real_run(tmp_path, dataset, flags):
     assert float(size.replace(',', '')) * 1e6 == pytest.approx(real, rel=0.02)
 
 
-def test_memory_and_flops_are_those_of_a_real_step():
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_memory_and_flops_are_those_of_a_real_step(dtype):
     config = GPTConfig(vocab_size=50, bias=True, **{key: SHAPE[key] for key in SHAPE if key != 'batch_size'})
-    memory = memory_of_training(config, 4, 2, 'float32')
+    memory = memory_of_training(config, 4, 2, dtype)
     torch.manual_seed(0)
     model, kept = GPT(config), {}
     idx = torch.randint(50, (4, 32))
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t), \
+            torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
         logits, loss = model(idx, idx)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {idx.data_ptr()}
     real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
@@ -197,6 +256,31 @@ def test_memory_and_flops_are_those_of_a_real_step():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it skips the CPU's own
         model(idx, idx)[1].backward()
     assert model.flops_per_token(32) * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_what_the_heap_loses_is_of_small_pieces():
+    with MemoryCount() as count:
+        kept = torch.empty(2**20, dtype=torch.uint8), torch.empty(2**26, dtype=torch.uint8)
+        torch.empty(2**27, dtype=torch.uint8)
+        del kept
+    assert count.now == count.small == 0 and count.peak == 2**20 + 2**26 + 2**27
+    assert count.heap == count.peak + int(0.35 * 2**20)
+
+
+def test_the_estimate_of_a_run(tmp_path, script_globals, capsys):
+    with pytest.raises(SystemExit):
+        script_globals('bench.py', mode='estimate', real_data=False, device='cpu', dtype='float32',
+                       n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=2, max_iters=10**9,
+                       gradient_accumulation_steps=5)
+    out = capsys.readouterr().out
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False))
+    flops, n = model.flops_per_token(8), sum(p.numel() for p in model.parameters())
+    assert f'an iteration: 80 tokens, {flops * 80 / 1e12:,.4g} TFLOP' in out
+    days, = [line.split()[1:] for line in out.splitlines() if line.startswith('  A100')]
+    for text, tokens in zip(days, (80e9, 20 * n)):
+        assert float(text) == pytest.approx(flops * tokens / (0.4 * 312e12) / 86400, rel=0.01)
+    weights, = [line.split()[1:] for line in out.splitlines() if line.startswith('  weights')]
+    assert weights == [f'{4 * n / 1e6:.1f}', 'MB']
 
 
 def test_a_run_says_what_it_will_do_and_what_it_did(tmp_path, dataset):

@@ -2,9 +2,11 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -76,6 +78,23 @@ def test_what_sample_py_can_be_asked_for(tmp_path, dataset, sample):
     for light in (dict(dtype='bfloat16'), dict(dtype='float16'), dict(past_block='half'),
                   *([dict(quantize='int8')] if has_fbgemm('cpu') else [])):
         assert len(text(sample(start='the', **light)[0])[0]) == 30
+
+
+def test_dropout_is_off_when_sampling(tmp_path, dataset, sample):
+    train(tmp_path, dataset, dropout=0.5)
+    once, _ = sample(start='the', temperature=0, num_samples=4)
+    assert len({one['text'] for one in once}) == 1
+
+
+def test_a_prompt_beyond_the_vocabulary_of_the_model(tmp_path, dataset, sample):
+    """ Of a tokenizer that has tokens that the model was not made for. """
+    train(tmp_path, dataset, max_iters=2)
+    checkpoint = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    checkpoint['tokenizer']['itos'].append('€')
+    torch.save(checkpoint, tmp_path / 'out/ckpt.pt')
+    known = checkpoint['model_args']['vocab_size']
+    with pytest.raises(SystemExit, match=f'the prompt has token {known}, and the model only {known}'):
+        sample(start='the €')
 
 
 def test_the_tokenizer_travels_in_the_checkpoint(tmp_path, dataset):
@@ -180,6 +199,9 @@ def test_bench_compares_in_turn(tmp_path, dataset):
     for part in ('in float32: ', 'with AdamW: ', 'without loading: '):
         ratio, = [line.split(', ')[1] for line in out.splitlines() if line.startswith(part)]
         assert 0.05 < float(ratio.removesuffix(' times as long')) < 20
+        this, = re.findall(r'time per iteration: (\S+)ms', out)
+        other, = re.findall(rf'{part}(\S+)ms', out)
+        assert float(ratio.split()[0]) == pytest.approx(float(other) / float(this), abs=0.02)
 
 
 def test_bench_samples_in_turn(tmp_path, dataset):
@@ -191,6 +213,31 @@ def test_bench_samples_in_turn(tmp_path, dataset):
     out, _ = run('bench.py', cwd=tmp_path, dataset=dataset, n_layer=1, n_head=2, n_embd=16, block_size=16,
                  max_new_tokens=20, mode='sample', device='cpu', dtype='bfloat16', rotary=True)
     assert 'half a block kept, batch 1: ' in out and 'transformers' not in out
+
+
+def test_bench_measures_whole_steps(script_globals, monkeypatch):
+    import update
+    steps, step = [], update.clip_and_step
+    monkeypatch.setattr(update, 'clip_and_step', lambda *args, **kwargs: steps.append(step(*args, **kwargs)))
+    names = script_globals('bench.py', real_data=False, device='cpu', dtype='float32', n_layer=1, n_head=1,
+                           n_embd=8, block_size=8, batch_size=2)
+    assert len(steps) == 10 + 20 and names['tokens'] == 16
+    assert names['mfu'] == pytest.approx(names['flops'] / names['median'] / names['peak'])
+    assert names['flops'] == 16 * names['model'].flops_per_token(8)
+
+
+def test_bench_counts_the_tokens_of_all_samples(script_globals, monkeypatch, capsys):
+    """ On a clock that ticks a second at each look: one for each token, of however many samples. """
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, 'perf_counter', lambda: float(next(clock)))
+    with pytest.raises(SystemExit):
+        script_globals('bench.py', mode='sample', real_data=False, device='cpu', dtype='float32', n_layer=1,
+                       n_head=1, n_embd=8, block_size=16, max_new_tokens=4, rotary=True)
+    out = capsys.readouterr().out
+    linear = 12 * 8**2 + 8 * 50304
+    share = 4 * linear / 2**29 * 100  # a token a second, and 512 MiB
+    for B in (1, 10):
+        assert f'this, batch {B}: {B}.0 tokens/s, the first after 1000ms, weights read at {share:.0f}%' in out
 
 
 def test_bench_without_the_dataset(tmp_path):

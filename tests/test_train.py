@@ -1,13 +1,19 @@
 """ Training: the schedule, the gradients, resuming, many processes. Real runs of the real script. """
+import csv
+import itertools
 import math
+import re
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIC_MODEL_ARGS, SMALL, run, train
+import torch.distributed as dist
+from conftest import CLASSIC_MODEL_ARGS, ROOT, SMALL, run, train
 
 import checkpoint as checkpoint_module
+import machine
 from checkpoint import load_checkpoint
 
 RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02,
@@ -22,6 +28,21 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
+
+
+def test_the_defaults_are_those_of_nanogpt():
+    names = {'__name__': 'train', '__file__': str(ROOT / 'train.py')}
+    exec((ROOT / 'train.py').read_text().split('\nexec(')[0], names)  # down to the last setting
+    theirs = dict(
+        out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
+        always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt',
+        wandb_run_name='gpt2', dataset='openwebtext', gradient_accumulation_steps=40, batch_size=12,
+        block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4,
+        max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
+        warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5)
+    assert {key: names[key] for key in theirs} == theirs
+    new = dict(rotary=False, rmsnorm=False, qk_norm=False, untied=False, muon_lr=0.0, cooldown_iters=0)
+    assert {key: names[key] for key in new} == new  # what would make another model is off
 
 
 # -----------------------------------------------------------------------------
@@ -52,6 +73,11 @@ def test_learning_rate_at_its_corners(trainer):
     line = dict(cooldown_iters=6)
     assert rates([0, 3, 4, 6, 9, 11, 12, 99], **line) == pytest.approx([0.2, 0.8, 1, 1, 0.55, 0.25, 0.1, 0.1])
     assert rates([4, 8, 12], cooldown_iters=8) == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_a_rise_and_a_line_may_leave_nothing_between_them(trainer):
+    get_lr = trainer(warmup_iters=8, cooldown_iters=12)['get_lr']  # 20 in all
+    assert [get_lr(7), get_lr(8), get_lr(14), get_lr(20)] == pytest.approx([8e-2 / 9, 1e-2, 5.5e-3, 1e-3])
 
 
 def test_a_batch_is_a_function_of_seed_iteration_and_index(trainer):
@@ -92,6 +118,34 @@ def test_evaluation_reads_the_same_windows_every_time(trainer):
     assert names['estimate_loss']() == names['estimate_loss']()
 
 
+def test_each_batch_of_an_evaluation_has_windows_of_its_own(trainer):
+    names = trainer()
+    for split, of in (('train', 0), ('val', 1)):
+        ids = names['data'][split]
+        for index in range(3):
+            starts = np.random.default_rng((1337, 1, of, index)).integers(len(ids) - 16, size=4)
+            assert names['get_batch'](split, index)[0].tolist() == [ids[s:s + 16].tolist() for s in starts]
+
+
+def test_dropout_is_off_in_an_evaluation(trainer):
+    assert trainer(dropout=0.5)['estimate_loss']() == trainer()['estimate_loss']()
+
+
+def test_the_last_whole_window_has_a_target(trainer):
+    names = trainer(eval_iters=-1)
+    names['data']['val'] = names['data']['val'][:65]
+    assert names['count_windows']('val') == 4 and math.isfinite(names['estimate_loss']()['val'])
+    names['data']['val'] = names['data']['val'][:64]
+    assert names['count_windows']('val') == 3
+
+
+def test_a_dataset_without_a_meta_pkl_is_gpt2s(trainer, dataset, tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / f'{split}.bin').write_bytes((dataset / f'{split}.bin').read_bytes())
+    model = trainer(dataset=tmp_path)['raw_model']
+    assert model.config.vocab_size == 50304  # as nanoGPT has it, so that its checkpoints fit
+
+
 # -----------------------------------------------------------------------------
 # what a run does
 
@@ -121,6 +175,14 @@ def test_only_the_best_is_kept_without_always_save_checkpoint(tmp_path, dataset)
     assert steps[checkpoint['iter_num']][1] == best < steps[40][1] - 0.5
     _, again, _ = train(tmp_path, dataset, init_from='resume', eval_only=True, max_iters=40)
     assert again[checkpoint['iter_num']] == steps[checkpoint['iter_num']]
+
+
+def test_how_often_a_run_saves(tmp_path, dataset):
+    settings = dict(checkpoint_interval=7, eval_interval=0)
+    _, _, out = train(tmp_path, dataset, **settings, max_iters=14)
+    assert out.count('saving checkpoint to') == 2  # at 7 and 14, not before anything was learned
+    _, _, out = train(tmp_path, dataset, **settings, max_iters=15, init_from='resume')
+    assert out.count('saving checkpoint to') == 1
 
 
 def test_a_run_that_only_got_worse_has_no_best_model(tmp_path, dataset):
@@ -161,6 +223,19 @@ def test_the_clock_stops_while_a_checkpoint_is_saved(trainer, monkeypatch, capsy
         assert '0:00:00 left, grad norm ' in line
         tokens = float(line.split('%, ')[1].split(' tokens/s')[0].replace(',', ''))
         assert tokens == pytest.approx(64 / seconds, rel=0.02)
+
+
+def test_the_time_that_is_left(trainer, monkeypatch, capsys):
+    """ On a clock that ticks ten seconds at each look. """
+    trainer()  # what measures the peak has done so
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(time, 'perf_counter', lambda: float(next(clock)))
+    trainer(max_iters=8, eval_interval=0, log_interval=2)
+    lines = re.findall(r'iter (\d+): .*time (\S+)ms.* (\d+):(\d\d):(\d\d) left', capsys.readouterr().out)
+    assert [int(line[0]) for line in lines] == [0, 2, 4, 6]
+    for it, each, hours, minutes, seconds in lines:
+        left = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+        assert left == round(float(each) / 1000 * (8 - int(it) - 1))  # of those after this one
 
 
 def test_eval_only_writes_nothing(tmp_path, dataset):
@@ -388,11 +463,31 @@ def test_three_processes_resume_bit_for_bit(tmp_path, dataset):
     assert len({job, a['job'], b['job'], ''}) == 4  # each start of torchrun is a job of its own
 
 
+def test_mfu_of_a_process_counts_its_own_share(trainer, monkeypatch, tmp_path):
+    """ In this process, the first of two, as it believes. """
+    def join(backend, rank, world_size, dtype):
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return '', False
+    trainer()  # what measures the peak has done so
+    for key, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(machine, 'join_processes', join)
+    monkeypatch.setattr(machine, 'leave', lambda code, ddp: dist.destroy_process_group())
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    names = trainer(max_iters=6, gradient_accumulation_steps=2, eval_interval=0)
+    with open(tmp_path / 'out/log.csv', newline='') as f:
+        speed = float(list(csv.DictReader(f))[5]['tokens_per_second'])  # of both
+    expected = speed / 2 * names['raw_model'].flops_per_token(16) / names['peak']
+    assert names['running_mfu'] == pytest.approx(expected, rel=1e-4)
+
+
 def test_two_processes_with_the_recipe(tmp_path, dataset):
     settings = {**RECIPE, 'dtype': 'float32', 'gradient_accumulation_steps': 2}
-    one, _, _ = train(tmp_path, dataset, out_dir='one', **settings)
-    two, _, _ = train(tmp_path, dataset, out_dir='two', processes=2, **settings)
+    one, _, first = train(tmp_path, dataset, out_dir='one', **settings)
+    two, _, second = train(tmp_path, dataset, out_dir='two', processes=2, **settings)
     assert two == pytest.approx(one, abs=1.01e-4)
+    norms = [[float(norm) for norm in re.findall(r'grad norm (\S+)', out)] for out in (first, second)]
+    assert norms[0] == pytest.approx(norms[1], abs=1e-3) and len(norms[0]) == 20  # what grad_clip cuts
 
 
 def test_more_processes_than_micro_batches_are_refused(tmp_path, dataset):
