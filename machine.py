@@ -233,7 +233,7 @@ class Signals:
     number, time = 0, 0.0
 
     def __init__(self, says):
-        self.says = says
+        self.says, self.noted = says, []
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             number = getattr(signal, name, None)  # Windows has not all
             if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -242,7 +242,8 @@ class Signals:
     def note(self, number, frame):
         if self.number and time.monotonic() - self.time > 5:
             os._exit(128 + number)
-        if not self.number:
+        self.noted.append(number)
+        if len(self.noted) == 1:  # another may come between any two lines
             self.number, self.time = number, time.monotonic()
             with suppress(OSError):
                 if self.says:  # not print(): it may have been interrupted

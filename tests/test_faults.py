@@ -261,6 +261,7 @@ def test_a_signal_stops_well(tmp_path, dataset, name):
     process = begin(tmp_path, dataset, **LONG)
     wait_for(process, 'iter 5:')
     process.send_signal(getattr(signal, name))
+    time.sleep(0.1)  # or they come at once, in any order
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + getattr(signal, name)
