@@ -107,6 +107,11 @@ def check_bench(settings):
     ])
 
 
+def has_tokenizer(folder):
+    """ Whether a Hugging Face directory has a tokenizer beside its model. """
+    return any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))
+
+
 def tokens_of(record):
     """ The tokens of a tokenizer that is not GPT-2's: {token: id}, None where nothing is known of them. """
     if record and record['kind'] == 'hf':
@@ -117,8 +122,7 @@ def tokens_of(record):
 def check_fit(model_config, source, data, meta, settings):
     """ The rules for a model from `source`, the bins {split: ids}, and the settings, together. """
     theirs = ours = None
-    if meta and os.path.isdir(source) and any(
-            os.path.exists(os.path.join(source, name)) for name in ('tokenizer.json', 'vocab.json')):
+    if meta and has_tokenizer(source):
         theirs, ours = (tokens_of(record) for record in (hf_record(source), tokenizer_record(meta)))
     needed = max([largest_id(ids) + 1 for ids in data.values()] + [meta['vocab_size'] if meta else 0])
     _raise_first([

@@ -17,7 +17,7 @@ import torch
 
 from bins import get_tokenizer, hf_record, load_meta, one_line_errors, tokenizer_record, whole_file
 from checkpoint import load_checkpoint, load_weights, newest_checkpoint
-from checks import check_sample
+from checks import check_sample, has_tokenizer
 from decode import complete, fitting, lighten, read_prompts
 from machine import choose_device, free_memory, use_device
 from model import GPT, GPT2_NAMES, GPTConfig
@@ -81,8 +81,7 @@ with one_line_errors():
                              f'are stoi and itos in the meta.pkl of dataset={dataset}; run its prepare.py')
     else:
         model = GPT.from_pretrained(init_from)
-        bare = os.path.isdir(init_from) and not any(
-            os.path.exists(os.path.join(init_from, name)) for name in ('tokenizer.json', 'vocab.json'))
+        bare = os.path.isdir(init_from) and not has_tokenizer(init_from)
         record = {'kind': 'gpt2'} if bare or init_from in GPT2_NAMES else hf_record(init_from)
     encode, decode, vocab_size, _ = get_tokenizer(record)
     if past_block == 'roll' and not model.config.rotary:

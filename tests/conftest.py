@@ -106,6 +106,17 @@ def train(cwd, dataset, **settings):
 
 
 @pytest.fixture
+def other_characters(tmp_path, dataset):
+    """ The same dataset, with two characters in each other's place -> the path of its folder. """
+    other = tmp_path / 'other'
+    shutil.copytree(dataset, other)
+    meta = pickle.loads((other / 'meta.pkl').read_bytes())
+    meta['itos'][0], meta['itos'][1] = meta['itos'][1], meta['itos'][0]
+    (other / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return other
+
+
+@pytest.fixture
 def script_globals(monkeypatch, tmp_path, dataset):
     """ script_globals('train.py', ...) runs a script in this process -> its variables and functions. """
     def execute(name, *args, **settings):
