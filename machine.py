@@ -127,8 +127,8 @@ def peak_flops(device_type, dtype):
         for name, peak in GPU_PEAKS.items():
             if re.search(rf'\b{name}\b', gpu) and 'MIG' not in gpu and dtype != 'float32':
                 return peak, f"{gpu}'s data sheet"
-    best, n, seconds = 0.0, 512, 0.0
-    while n <= 8192 and seconds < 0.02:  # the larger the nearer to the peak; up to 0.3 s on a CPU
+    best, n, seconds = 0.0, 128, 0.0
+    while n <= 8192 and seconds < 0.01:  # the larger the nearer to the peak; half a second at most
         a = torch.randn(n, n, device=device_type, dtype=getattr(torch, dtype))
         times = []
         for _ in range(5):
