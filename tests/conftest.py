@@ -67,12 +67,12 @@ def zygote():
 
 def run_script(script, arguments, cwd, processes=None):
     """
-    Runs a script in `cwd`, with `processes` under torchrun -> exit code, standard output, standard error.
-    On Linux one process is a fork of zygote.py: it starts in a fraction of the time.
+    Runs a script in `cwd`, in so many processes -> exit code, standard output, standard error. On Linux they
+    are forks of zygote.py, which start in a fraction of the time, and elsewhere torchrun's.
     """
     arguments = [str(ROOT / script), *map(str, arguments)]
-    if sys.platform == 'linux' and not processes and 'PYTHONPATH' not in os.environ:  # a fork is past that
-        request = [arguments[0], arguments[1:], str(cwd), environment()]
+    if sys.platform == 'linux':
+        request = [arguments[0], arguments[1:], str(cwd), processes or 1, environment()]
         zygote().stdin.write(json.dumps(request) + '\n')
         zygote().stdin.flush()
         return json.loads(zygote().stdout.readline())

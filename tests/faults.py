@@ -3,19 +3,18 @@ Kills training runs with kill -9 at random moments, resumes them, and compares w
 
     python tests/faults.py --rounds=100 --seed=0
 
-A round is one of several kinds of run: one process or two under torchrun; always saving, or the best; in
-float32, or float16 with its scaler; some with saves made slow, so that they are hit as well. It is killed
-one to three times, then left to end. Its checkpoints must be bit-identical to those of a run of that kind
-that nobody touched, and its log.csv the same but for the times.
+A round is one of several kinds of run: in one process or two; always saving, or the best; in float32, or
+float16 with its scaler; some with saves made slow, so that they are hit as well. It is killed one to three
+times, then left to end. Its checkpoints must be bit-identical to those of a run of that kind that nobody
+touched, and its log.csv the same but for the times.
 """
 import csv
 import os
+import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,46 +46,35 @@ def make_dataset(folder):
     ids = np.random.default_rng(0).integers(0, 8, size=4000).cumsum() % 30  # each depends on the one before
     for split, part in (('train', ids[:3000]), ('val', ids[3000:])):
         part.astype(np.uint16).tofile(folder / f'{split}.bin')
+    (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 30}))
 
 
 def start(processes, settings, folder, slow):
-    """ Starts train.py in `folder` -> wait(), which returns the exit code, and its process id. """
+    """ Starts train.py in `folder`, with saves slower by `slow` seconds -> the processes' ids. """
     flags = [f'--{key}={value}' for key, value in settings.items()]
-    (folder / 'log').touch()
-    with open(folder / 'log', 'a') as log:
-        if processes == 1:
-            real = os.fsync
-            os.fsync = lambda fd: (time.sleep(slow), real(fd))  # the fork takes it along
-            try:
-                pid = zygote.start(str(ROOT / 'train.py'), flags, folder, log, log)
-                return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), pid
-            finally:
-                os.fsync = real
-        site = folder / 'site'
-        site.mkdir(exist_ok=True)
-        (site / 'sitecustomize.py').write_text(
-            f'import os, time\nreal = os.fsync\nos.fsync = lambda fd: (time.sleep({slow}), real(fd))\n')
-        agent = subprocess.Popen(
-            [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
-             str(ROOT / 'train.py'), *flags], cwd=folder, stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'})
-        return agent.wait, agent.pid
+    real = os.fsync
+    os.fsync = lambda fd: (time.sleep(slow), real(fd))  # the forks take it along
+    try:
+        with open(folder / 'log', 'a') as log:
+            return zygote.start(str(ROOT / 'train.py'), flags, folder, processes, log, log)
+    finally:
+        os.fsync = real
 
 
 def finish(processes, settings, folder, slow):
     """ Runs to the end -> seconds. """
     began = time.monotonic()
-    wait, _ = start(processes, settings, folder, slow)
-    assert (code := wait()) == 0, f'exit code {code}\n{(folder / "log").read_text()[-3000:]}'
+    code = zygote.wait(start(processes, settings, folder, slow))
+    assert code == 0, f'exit code {code}\n{(folder / "log").read_text()[-3000:]}'
     return time.monotonic() - began
 
 
-def kill(wait, pid):
-    workers = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
-    for process in (pid, *map(int, workers)):  # a worker does not die with its agent
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    wait()
+def kill(ids):
+    """ Ends them all at once, those too that have ended, and waits. """
+    for pid in ids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in ids:
+        os.waitpid(pid, 0)
 
 
 def differences(a, b):
@@ -118,8 +106,8 @@ def differences(a, b):
     return found
 
 
-def rounds(n, folder, seed):
-    """ Yields, round by round: its kind, the moments of its kills in seconds, what differed at the end. """
+def play(n, folder, seed):
+    """ Yields, for each of `n` rounds: its kind, the moments of its kills in seconds, what differed. """
     make_dataset(folder / 'data')
     rng = np.random.default_rng(seed)
     untouched = {}
@@ -137,21 +125,21 @@ def rounds(n, folder, seed):
         for moment in moments:
             started = start(processes, settings, here, slow)
             time.sleep(moment)
-            kill(*started)
+            kill(started)
         finish(processes, settings, here, 0)
         yield kind, moments, differences(here / 'out', folder / f'untouched{kind}' / 'out')
 
 
 if __name__ == '__main__':
-    arguments = dict(arg.removeprefix('--').split('=') for arg in sys.argv[1:])
-    n, seed = int(arguments.get('rounds', 12)), int(arguments.get('seed', 0))
+    rounds, seed = 12, 0
+    exec((ROOT / 'configurator.py').read_text())
     same = 0
     with tempfile.TemporaryDirectory() as folder:
-        for number, (kind, moments, found) in enumerate(rounds(n, Path(folder), seed), 1):
+        for number, (kind, moments, found) in enumerate(play(rounds, Path(folder), seed), 1):
             same += not found
             processes, slow, more = KINDS[kind]
             print(f'round {number}: {processes} process(es), {more}, saves slower by {slow} s, killed after '
                   f'{", ".join(f"{moment:.2f}" for moment in moments)} s: {"; ".join(found) or "identical"}',
                   flush=True)
-    print(f'{same} of {n} rounds ended bit-identical to the run that nobody touched')
-    sys.exit(same != n)
+    print(f'{same} of {rounds} rounds ended bit-identical to the run that nobody touched')
+    sys.exit(same != rounds)

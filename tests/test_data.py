@@ -57,11 +57,9 @@ def read(folder, split):
 
 
 def prepare(folder, *args, code=0):
-    done = subprocess.run([sys.executable, folder / 'prepare.py', *args], cwd=folder, capture_output=True,
-                          text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
-    assert done.returncode == code, done.stderr
+    out, error = run(folder / 'prepare.py', *args, cwd=folder, code=code)
     assert not (folder / 'parts.tmp').exists()
-    return done.stdout if code == 0 else done.stderr.splitlines()[-1]
+    return out if code == 0 else error.splitlines()[-1]
 
 
 # -----------------------------------------------------------------------------
@@ -412,7 +410,7 @@ def test_prepare_bookcorpus(clone, tmp_path, gpt2):
 
 def test_killed_and_run_again(tmp_path, gpt2):
     """ kill -9 of the script alone: its workers end with it, no bin is there, finished batches are kept. """
-    text = prose(20_000_000)
+    text = prose(12_000_000)
     (tmp_path / 'a.txt').write_text(text)
     folder = tmp_path / 'bins'
     command = [sys.executable, ROOT / 'data/custom/prepare.py', '--source=a.txt', f'--name={folder}']
@@ -445,7 +443,7 @@ def test_killed_and_run_again(tmp_path, gpt2):
 @pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
 def test_ctrl_c_twice(tmp_path, gpt2):
     """ One line, no traceback of a worker, what is done stays; and the same command goes on. """
-    (tmp_path / 'a.txt').write_text(prose(20_000_000))
+    (tmp_path / 'a.txt').write_text(prose(12_000_000))
     command = [sys.executable, ROOT / 'data/custom/prepare.py', '--source=a.txt', f'--name={tmp_path}/bins']
     started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True, start_new_session=True,  # a shell's background job ignores it
@@ -491,7 +489,7 @@ def test_a_retired_loading_script_is_not_the_end(tmp_path, monkeypatch, gpt2):
     assert texts.load_rows(tmp_path, '', 'a/b') == ('a/b', None, 'train', 'refs/convert/parquet')
 
 
-def test_custom_trained_and_sampled(tmp_path, gpt2):
+def test_custom_trained_and_sampled(tmp_path):
     """ Documents from files of three kinds, in a Hugging Face tokenizer that travels with the model. """
     import tokenizers
     import transformers
