@@ -108,7 +108,8 @@ explain(config, ddp)
 
 if ddp and device_type == 'cuda':
     device = f'cuda:{local_rank}'
-job, again = join_processes(backend, rank, world_size, dtype) if ddp else ('', False)
+with one_line_errors():
+    job, again = join_processes(backend, rank, world_size, dtype) if ddp else ('', False)
 autocast = use_device(device, dtype)
 
 # -----------------------------------------------------------------------------

@@ -493,3 +493,9 @@ def test_two_processes_with_the_recipe(tmp_path, dataset):
 def test_more_processes_than_micro_batches_are_refused(tmp_path, dataset):
     _, error = run('train.py', cwd=tmp_path, processes=2, code=1, **{**SMALL, 'dataset': dataset})
     assert error.count('gradient_accumulation_steps=1 is less than the number of processes, 2') == 1
+
+
+def test_half_of_torchruns_variables_are_one_line(tmp_path, dataset, monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    _, error = run('train.py', cwd=tmp_path, code=1, **{**SMALL, 'dataset': dataset})
+    assert 'train.py: ' in error and 'WORLD_SIZE expected, but not set' in error and error.count('\n') == 1
