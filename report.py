@@ -146,14 +146,16 @@ class Log:
             assert set(row) <= set(COLUMNS), f'{set(row) - set(COLUMNS)} of a row are not among the COLUMNS'
             row = [f'{value:.6g}' if isinstance(value, float) else value
                    for value in (row.get(name, '') for name in COLUMNS)]
+            end = None
             try:
                 end = self.path.stat().st_size
                 with open(self.path, 'a', encoding='utf-8', newline='') as f:
                     csv.writer(f, lineterminator='\n').writerow(row)
             except OSError as error:
-                with suppress(OSError):
-                    print(f'WARNING: log.csv lacks iteration {it}: {error}', flush=True)
-                    os.truncate(self.path, end)  # not half a row
+                if end is not None:
+                    with suppress(OSError):
+                        os.truncate(self.path, end)  # not half a row
+                printer(True)(f'WARNING: log.csv lacks iteration {it}: {error}')
         self.row = {}
         self.tokens += self.tokens_per_iter
 

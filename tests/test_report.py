@@ -97,9 +97,13 @@ def test_a_log_that_is_damaged_or_cannot_grow(tmp_path, dataset, monkeypatch, ca
         monkeypatch.undo()
     assert [row['iter'] for row in rows_of(tmp_path)] == ['0', '2']
     assert 'lacks iteration 1' in capsys.readouterr().out
+    (tmp_path / 'log.csv').unlink()  # with its folder, perhaps
+    log.trained(1.0, loss=2.5, mfu=0.1)
+    log.write(3, 0.0)
+    assert 'lacks iteration 3' in capsys.readouterr().out
     with pytest.raises(AssertionError, match="'weight'"):
         log.trained(1.0, weight=2.5, mfu=0.1)
-        log.write(3, 0.0)
+        log.write(4, 0.0)
 
 
 def test_an_end_of_text_costs_bits_and_is_no_text():
