@@ -94,7 +94,7 @@ def get_batch(load=True):
 
 
 def make_step(dtype, compile, muon, load):
-    """ A fresh model -> a function that makes a step as train.py does -> its seconds, those it waited. """
+    """ A fresh model -> step(), which trains as train.py does -> its seconds, and those spent waiting. """
     torch.manual_seed(seed)
     model = GPT(gpt_config).to(device)
     optimizers = [model.configure_optimizers(1e-1, 1e-4, (0.9, 0.95), device_type, muon)]
@@ -124,7 +124,7 @@ def make_step(dtype, compile, muon, load):
 
 
 def make_sampler(dtype, int8=False):
-    """ A fresh model -> a function that samples: of a batch size the seconds to the first and last token. """
+    """ A fresh model -> sample(B), which draws for B rows -> seconds to the first token and to the last. """
     torch.manual_seed(seed)
     model = GPT(gpt_config).eval().to(device)
     lighten(model, getattr(torch, dtype), int8)

@@ -119,7 +119,7 @@ def load_meta(dataset):
     try:
         with open(path, 'rb') as f:
             meta = _DataOnly(f).load()
-        assert meta['vocab_size'].bit_length() and 0 < meta['vocab_size'] <= 2**16, 'uint16 holds 65,536 ids'
+        assert type(meta['vocab_size']) is int and 0 < meta['vocab_size'] <= 2**16, 'uint16 holds 65,536 ids'
         assert (hf := meta.get('tokenizer')) is None or hf['kind'] == 'hf' and get_tokenizer(hf)
         if 'itos' in meta:  # a dict, or a list
             meta['itos'] = [meta['itos'][i] for i in range(len(meta['itos']))]

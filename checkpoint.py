@@ -31,7 +31,7 @@ MOMENTS = {'optimizer': {'step', 'exp_avg', 'exp_avg_sq'}, 'muon': {'momentum_bu
 
 
 def newer_args(config):
-    """ The fields that GPT-2 has not and that are not at their defaults: who knows them not must stumble. """
+    """ The fields that GPT-2 lacks, where not at their defaults: a reader that lacks one must fail. """
     return {field.name: getattr(config, field.name) for field in fields_of(config)
             if field.name not in (*MODEL_ARGS, 'gelu') and getattr(config, field.name) != field.default}
 
@@ -67,10 +67,10 @@ def newest_checkpoint(out_dir, best=False):
     asked for, where it is later than ckpt.pt and of the same run; else ckpt.pt, there or not.
     """
     first, last = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
-    if best or not last.exists() or not first.exists():
-        return first if first.exists() or not last.exists() else last
+    if best or not (first.exists() and last.exists()):
+        return last if last.exists() and not first.exists() else first
     a, b = (load_checkpoint(path, mmap=True) for path in (first, last))
-    same = a.get('run_id') == b.get('run_id') is not None
+    same = a.get('run_id') is not None and a['run_id'] == b.get('run_id')
     return last if same and b.get('iter_num', 0) > a.get('iter_num', 0) else first
 
 
@@ -93,12 +93,12 @@ def load_checkpoint(path, mmap=False):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not the dict of a checkpoint')
     if missing := [key for key in ('model', 'model_args') if key not in checkpoint]:
         raise ValueError(f'{path} lacks {", ".join(missing)}')
-    dicts = dict.fromkeys(('model', 'model_args', 'optimizer', 'muon', 'scaler', 'config'), dict)
-    for key, kind in {**dicts, 'iter_num': int, 'best_val_loss': (float, int, torch.Tensor)}.items():
+    kinds = {key: dict for key in ('model', 'model_args', 'optimizer', 'muon', 'scaler', 'config')}
+    for key, kind in {**kinds, 'iter_num': int, 'best_val_loss': (float, int, torch.Tensor)}.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise ValueError(f'{path}: {key}={checkpoint[key]!r:.50} is not what a checkpoint holds there')
     args = checkpoint['model_args'] = dict(checkpoint['model_args'])
-    if missing := [key for key in MODEL_ARGS[:6] if key not in (*args, 'bias')]:  # True where it is old
+    if missing := [key for key in MODEL_ARGS if key not in (*args, 'bias', 'dropout')]:  # old files
         raise ValueError(f'{path}: its model_args lack {", ".join(missing)}')
     if unknown := sorted(set(args) - {field.name for field in fields_of(GPTConfig)}):
         raise ValueError(f'{path}: this model does not know the model_args {", ".join(unknown)}')

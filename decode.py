@@ -39,7 +39,7 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
     if uniforms is None:
         uniforms = torch.rand(B, max_new_tokens, device=idx.device)
     tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
-    begin, cache, seen = max(0, T - size), None, None  # the first token to be read; what has been read
+    begin, cache, seen = max(0, T - size), None, None  # first token that is read; its KVCaches; ids by row
     room = min(size, T + max_new_tokens)
     if past_block == 'roll' and T + max_new_tokens - begin > len(model.cos):
         model.register_rotations(T + max_new_tokens - begin)
@@ -47,14 +47,14 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
         full = n - begin > size
         if full and past_block != 'roll':
             begin = n - (size if past_block == 'exact' else (size + 1) // 2)
-        if cached and (cache is None or full and past_block == 'half'):
-            cache = model.new_cache(room)
         if not cached or full and past_block == 'exact':
             cache = None
+        elif cache is None or full and past_block == 'half':
+            cache = model.new_cache(room)
         new = tokens[:, begin + (cache[0].length if cache else 0):n]        # (B, 1), or all of it
         left = (pad - begin).clamp(min=0) if most > begin else None         # (B,) padding still in sight
         alike = B > 1 and new.shape[1] > 1 and left is None and bool((new == new[:1]).all())
-        options = {} if cache is None and left is None else dict(cache=cache, pad=left)
+        options = {} if cache is None and left is None else dict(cache=cache, pad=left)  # {}: any forward
         logits, _ = model(new[:1] if alike else new, **options)             # (B or 1, 1, vocab_size)
         if alike:
             logits = logits.expand(B, -1, -1)
@@ -76,11 +76,11 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
 def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     """
     One token for each row of logits (B, vocab_size), where 1 - `uniforms` (B,), in (0, 1], falls among
-    the probabilities laid end to end -> (B,). Temperature 0 (below 1e-5) takes the likeliest. Of the softmax
-    of logits / temperature remain, one after another, the `top_k` likeliest (0 or None: all), the fewest
-    likeliest that hold `top_p` of what is left (arXiv 1904.09751), each with the equals of the last, and
-    those with at least `min_p` times the probability of the likeliest (2407.01082). Raises ValueError where
-    the logits are not finite.
+    the probabilities laid end to end -> (B,). Temperature 0 (below 1e-5) takes the likeliest. Three filters
+    follow each other on the softmax of logits / temperature: `top_k` keeps so many of the likeliest (0 or
+    None: all), `top_p` the fewest likeliest that hold this share of what is left (arXiv 1904.09751), both
+    with all that tie with the last; `min_p` those with at least this share of the likeliest's probability
+    (2407.01082). Raises ValueError where the logits are not finite.
     """
     if not logits.amax(dim=-1).isfinite().all():
         raise ValueError('the logits are not finite; --dtype=float32 has the widest range')
@@ -91,7 +91,7 @@ def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     if k < logits.shape[-1]:
         values, likely = logits.topk(k + 1)                                     # (B, k + 1) the largest first
         if logits.device.type == 'cpu' and (values[:, k] < values[:, k - 1]).all():
-            ids, order = likely[:, :k].sort()                                   # (B, k) the rest is done with
+            ids, order = likely[:, :k].sort()                                   # (B, k) by id, as below
             logits = values.gather(1, order)
         else:
             logits = logits.masked_fill(logits < values[:, k - 1:k], -math.inf)
@@ -104,7 +104,7 @@ def draw(logits, uniforms, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
     ends = probs.cumsum(dim=-1)
     drawn = torch.searchsorted(ends, (1 - uniforms)[:, None] * ends[:, -1:])    # (B, 1)
-    left_out = probs.gather(1, drawn) == 0  # a GPU adds in an order in which a sum can fall, and rise again
+    left_out = probs.gather(1, drawn) == 0  # a GPU's cumsum can dip, and the search end at a 0
     drawn = torch.where(left_out, probs.argmax(dim=-1, keepdim=True), drawn)
     return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
@@ -176,8 +176,8 @@ def complete(model, decode, prompts, uniforms, stop='', show=False, **settings):
 def fitting(model, n, memory):
     """ How many samples of `n` tokens fit into `memory` bytes, about; 1 at least. """
     c = model.config
-    each = min(c.block_size, n) * c.n_embd * (2 * c.n_layer + 20) + 8 * c.vocab_size  # cache, activations
-    return max(1, int(memory / 4 / each))
+    floats = min(c.block_size, n) * c.n_embd * (2 * c.n_layer + 20) + 8 * c.vocab_size  # cache, activations
+    return max(1, int(memory / 4 / floats))
 
 
 def settled(text, stop):
@@ -214,7 +214,7 @@ class LightLinear(nn.Module):
             self.int8 = torch.ops.quantized.linear_prepack(rounded, bias)
         if fbgemm and not (int8 and has_bfloat16()):
             self.float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        self.dtype = dtype if not fbgemm else torch.bfloat16 if has_bfloat16() else torch.float32
+        self.dtype = (torch.bfloat16 if has_bfloat16() else torch.float32) if fbgemm else dtype
         self.weight = weight.to(torch.float16 if fbgemm and not has_bfloat16() else self.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
 

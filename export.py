@@ -121,7 +121,7 @@ with one_line_errors():
     dataset = checkpoint.get('config', {}).get('dataset')
     record = checkpoint.get('tokenizer') or tokenizer_record(load_meta(dataset) if dataset else None)
     _, _, vocab_size, end = get_tokenizer(record) if record else (None, None, model.config.vocab_size, None)
-    if vocab_size > model.config.vocab_size:
+    if vocab_size > model.config.vocab_size:  # GPT-2's, taken where nothing is known
         raise ValueError(f"{path} has no tokenizer, and data/{dataset}/meta.pkl is gone; run its prepare.py")
 
     from transformers import AutoModelForCausalLM, logging
@@ -137,7 +137,7 @@ with one_line_errors():
         (temporary / 'README.md').write_text(card(checkpoint, model, Path(hf_dir).name), encoding='utf-8')
         idx = torch.randint(vocab_size, (2, model.config.block_size))
         with torch.inference_mode():
-            logits = AutoModelForCausalLM.from_pretrained(temporary)(idx).logits  # files are free after it
+            logits = AutoModelForCausalLM.from_pretrained(temporary)(idx).logits  # and unmaps the files
             difference = (model(idx, idx)[0][..., :vocab_size] - logits).abs().max().item()
         assert difference < 1e-3, f'the logits differ by {difference}'
         for file in temporary.iterdir():

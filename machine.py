@@ -24,7 +24,7 @@ if sys.platform == 'win32':  # where a pipe is in a code page, which lacks most 
 # -----------------------------------------------------------------------------
 # the device
 
-# dense 16-bit FLOP/s, accumulated in float32, from the makers' data sheets
+# dense 16-bit FLOP/s, accumulated in float32, from the makers' data sheets; the first that fits counts
 GPU_PEAKS = {
     'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 836e12, 'H200': 989e12, 'H100 PCIe': 756e12,
     'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12,
@@ -160,7 +160,7 @@ def join_processes(backend, rank, world_size, dtype):
     return job, restarts != '0'
 
 
-claims = {}  # by folder, what holds it
+claims = {}  # {folder: the open descriptor that holds its lock}
 
 
 def claim(folder):
@@ -208,8 +208,8 @@ def explain(settings, ddp):
 
 def leave(code, ddp):
     """
-    Ends a process. One of several waits for the others, as torchrun ends those whom one has left, be it in a
-    save; it does not wait for gloo's threads, which abort some orderly ends.
+    Ends a process. One of several waits for the others, as torchrun kills the rest, even in a save, once one
+    has ended with an error; and it skips Python's own shutdown, in which gloo's threads sometimes abort.
     """
     if wandb := sys.modules.get('wandb'):
         wandb.finish()

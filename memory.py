@@ -62,8 +62,8 @@ def memory_of_training(config, batch_size, gradient_accumulation_steps, dtype, m
                 loss = loss.detach()
             clip_and_step(optimizers, scaler, model.parameters(), loss, grad_clip=1.0)
     weights = sum(p.nbytes for p in model.parameters())
-    moments = sum(value.nbytes for optimizer in optimizers for of in optimizer.state.values()
-                  for value in of.values())
+    moments = sum(value.nbytes for optimizer in optimizers for state in optimizer.state.values()
+                  for value in state.values())
     return {'weights': weights, 'gradients': weights, 'moments': moments, 'activations': activations,
             'at most at once': count.peak,
             'on a Linux CPU, beside import torch': count.heap + 115 * 10**6}  # kernels, and their buffers

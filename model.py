@@ -63,7 +63,7 @@ def rotate(x, cos, sin):
 
 
 def rotations(n, hs):
-    """ cos and sin of the angles of n positions: each (n, 1, 1, hs), for rotate(). """
+    """ cos and sin (its second half negated) of n positions' angles: each (n, 1, 1, hs), for rotate(). """
     speed = 10000 ** -(torch.arange(0, hs, 2) / hs)                             # (hs/2,) radians a position
     angle = torch.outer(torch.arange(n), speed)[:, None, None]                  # (n, 1, 1, hs/2)
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((angle.sin(), -angle.sin()), -1)
@@ -90,7 +90,7 @@ class KVCache:
         self.size, self.length = size, 0  # room; tokens written so far, those overwritten too
 
     def extend(self, k, v):
-        """ Writes k and v (B, nh, T, hs), over the oldest where it is full -> all of them, in any order. """
+        """ Writes k and v (B, nh, T, hs), over the oldest where it is full -> all, token i at i % size. """
         if not self.length:
             self.k, self.v = (part.new_empty(*part.shape[:2], self.size, part.shape[3]) for part in (k, v))
         at = self.length % self.size
@@ -99,7 +99,7 @@ class KVCache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def repeat(self, B):
-        """ What was read once was read by B samples. """
+        """ Copies what one row has read to B rows: (1, nh, size, hs) -> (B, nh, size, hs). """
         self.k, self.v = (part.expand(B, -1, -1, -1).contiguous() for part in (self.k, self.v))
 
 
@@ -108,7 +108,7 @@ def padding_mask(positions, end, pad, size):
     keys = torch.arange(max(0, end - size), end, device=pad.device)         # (all,) oldest first
     keys = keys.roll(end % size) if end > size else keys                    # as they lie in a full cache
     mask = (keys >= pad[:, None, None]) & (keys <= positions[:, None])      # (B, T, all)
-    return (mask | (keys == positions[:, None]))[:, None]  # padding reads itself: no softmax of nothing
+    return (mask | (keys == positions[:, None]))[:, None]  # padding reads itself: softmax of nothing is nan
 
 
 class CausalSelfAttention(nn.Module):
@@ -129,7 +129,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, mask=None, last=False):
         qkv = self.c_attn(x)                                                    # (B, T, 3 C)
-        if x.device.type == 'cpu' and qkv.dtype.itemsize == 2:  # attention in 16 bits is the slower one
+        if x.device.type == 'cpu' and qkv.dtype.itemsize == 2:  # attention there is slower in 16 bits
             with torch.autocast('cpu', enabled=False):
                 y = self.attend(qkv.float(), rotation, cache, mask, last).to(qkv.dtype)
         else:
@@ -138,12 +138,11 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, qkv, rotation, cache, mask, last):
         """ The values that each position asks for, heads side by side: (B, T, 3 C) -> (B, T, C). """
-        B, T, C = qkv.shape
-        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head // 3)             # (B, T, 3, nh, hs)
+        qkv = qkv.unflatten(2, (3, self.n_head, -1))                            # (B, T, 3, nh, hs)
         q, k, v = qkv.unbind(2)                                                 # (B, T, nh, hs)
         if rotation is not None or self.qk_norm:
             qk = qkv[:, :, :2] if rotation is None else rotate(qkv[:, :, :2], *rotation)
-            q, k = (rms_norm(qk) if self.qk_norm else qk).type_as(v).unbind(2)
+            q, k = (rms_norm(qk) if self.qk_norm else qk).type_as(v).unbind(2)  # the tables are float32
         q = q[:, -1:] if last else q
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, nh, T, hs)
         if cache is not None:
@@ -151,7 +150,7 @@ class CausalSelfAttention(nn.Module):
         causal = True if mask is None and q.shape[2] > 1 else False  # a bool for torch.compile too
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(B, -1, C // 3)
+        return y.transpose(1, 2).flatten(2)                                     # (B, T or 1, C)
 
 
 class MLP(nn.Module):
@@ -229,13 +228,14 @@ class GPT(nn.Module):
             self.register_buffer(name, table.to(self.lm_head.weight.device), persistent=False)
 
     def get_num_params(self, non_embedding=True):
-        """ The number of parameters; the position table is left out, the token table is the head's too. """
+        """ The number of parameters; `non_embedding` leaves out the position table; tied tables count once. """
         return sum(p.numel() for name, p in self.named_parameters()
                    if not (non_embedding and name == 'transformer.wpe.weight'))
 
     def forward(self, idx, targets=None, cache=None, pad=None):
-        T, known = idx.shape[1], len(self.cos) if self.config.rotary else self.config.block_size
-        before = cache[0].length if cache else 0
+        T = idx.shape[1]
+        before = cache[0].length if cache else 0  # tokens
+        known = len(self.cos) if self.config.rotary else self.config.block_size  # positions
         if T > self.config.block_size or before + T > known:
             raise ValueError(f'{before + T} tokens are more than block_size={self.config.block_size}')
         assert T == 1 or not before, 'a cache that is not empty takes one token at a time'
@@ -251,7 +251,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(positions)
         x = self.transformer.drop(rms_norm(x) if self.config.rmsnorm else x)
         for i, block in enumerate(self.transformer.h):
-            last = targets is None and i == self.config.n_layer - 1  # one position is all that is asked
+            last = targets is None and i == self.config.n_layer - 1  # whose last position alone is asked for
             mask = mask[:, :, -1:] if last and mask is not None else mask
             x = block(x, rotation, cache and cache[i], mask, last)
         logits = self.lm_head(self.transformer.ln_f(x))                         # (B, T or 1, vocab_size)
@@ -287,9 +287,9 @@ class GPT(nn.Module):
                              'or checkpoint that is there, not namespace/name on the hub')
         if model_type in GPT2_NAMES:
             from huggingface_hub import try_to_load_from_cache
-            old = isinstance(try_to_load_from_cache(model_type, 'config.json'), str)  # there since nanoGPT
-            folder = os.path.isdir(model_type)  # that happens to be here
-            model_type = model_type if old and not folder else f'openai-community/{model_type}'
+            cached = isinstance(try_to_load_from_cache(model_type, 'config.json'), str)  # as nanoGPT named it
+            if not cached or os.path.isdir(model_type):  # not a folder that happens to be here
+                model_type = f'openai-community/{model_type}'
         elif os.path.isdir(model_type) and not os.path.exists(os.path.join(model_type, 'config.json')):
             raise ValueError(f'{model_type} has no config.json of a Hugging Face model; a checkpoint is '
                              f'named by its file, as {os.path.join(model_type, "ckpt.pt")}')
@@ -339,7 +339,7 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False):
         """
         AdamW in two groups: tensors of two or more dimensions decay, biases and norms do not. With `muon`
-        without the matrices of the blocks: those are for configure_muon.
+        the matrices of the blocks are left out, for configure_muon.
         """
         params = [p for name, p in self.named_parameters() if p.requires_grad
                   and not (muon and '.h.' in name and p.dim() == 2)]
@@ -357,7 +357,7 @@ class GPT(nn.Module):
         return Muon(params, lr, weight_decay, dtype=torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
 
     def flops_per_token(self, T):
-        """ FLOPs of forward and backward for one token among T: 6 N + 12 L H Q T. """
+        """ FLOPs of forward and backward for one token among T: 6 N + 12 L C T (H Q of the paper is C). """
         c, n = self.config, self.get_num_params()
         if c.untied:
             n -= self.transformer.wte.weight.numel()  # looked up, not multiplied with

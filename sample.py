@@ -32,7 +32,7 @@ num_samples = 10       # of each prompt
 max_new_tokens = 500   # tokens to draw, for each sample
 stop = ''              # a sample ends before this text; '': at max_new_tokens
 past_block = 'exact'   # beyond block_size tokens read the last ones anew for each token; half: anew when a
-                       # block is full, from its last half, far faster; roll: as kept, for rotary models
+                       # block is full, from its last half, far faster; roll: never, for rotary models
 # which token is drawn
 temperature = 0.8      # below 1.0: likely tokens more often; above: less often; 0: always the likeliest
 top_k = 200            # draw among so many of the likeliest tokens; 0: among all
@@ -118,18 +118,18 @@ def add_samples(numbers, prompts, show=False):
 if interactive:
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys; not on Windows
-for number in count() if interactive else ():
-    try:
-        add_samples([number], [tokenize(input('> '))], show=True)
-    except (ValueError, OSError) as error:
-        print(f'sample.py: {error}')
-    except KeyboardInterrupt:  # ends the sample
-        print()
-    except EOFError:
-        print()
-        break
+    for number in count():
+        try:
+            add_samples([number], [tokenize(input('> '))], show=True)
+        except (ValueError, OSError) as error:
+            print(f'sample.py: {error}')
+        except KeyboardInterrupt:  # ends the sample
+            print()
+        except EOFError:
+            print()
+            break
 
-# at once go those that stay within the block, or are equally long, as many as half of the free memory holds
+# batches: prompts that stay within the block together, others by length, as the longest decides what is read
 todo = [ids for ids in prompts for _ in range(num_samples)]
 within = model.config.block_size - max_new_tokens
 kinds = [0 if stream or len(ids) <= within else len(ids) for ids in todo]
@@ -144,4 +144,4 @@ for kind in sorted(set(kinds)):
         with one_line_errors():
             texts = add_samples(numbers[i:i + at_once], batch, show=stream)
         for ids, text in zip(batch, texts):
-            print(*([] if stream else [decode(ids) + text]), '-' * 15, sep='\n', flush=True)
+            print('' if stream else decode(ids) + text + '\n', '-' * 15, sep='', flush=True)

@@ -68,14 +68,14 @@ rmsnorm = False               # RMSNorm without gains, and once more after the e
 qk_norm = False               # queries and keys are normalised
 untied = False                # the head has a table of its own
 muon_lr = 0.0                 # highest rate of Muon, for the blocks' matrices; 0: AdamW for all
-cooldown_iters = 0            # constant, then a straight line to min_lr in so many; 0: half a cosine
+cooldown_iters = 0            # iterations of linear fall to min_lr, constant before; 0: half a cosine instead
 # AdamW
 learning_rate = 6e-4          # the highest
 max_iters = 600000            # updates in all
 weight_decay = 1e-1           # of matrices and tables, not of biases and norms
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0               # norm to which gradients are cut; 0: not
+grad_clip = 1.0               # gradients of a larger norm are scaled down to it; 0: never
 # the schedule of the learning rate
 decay_lr = True               # False: constant, without warm-up
 warmup_iters = 2000           # iterations of linear rise
@@ -117,13 +117,13 @@ autocast = use_device(device, dtype)
 
 ckpt_path, last_path = Path(out_dir, 'ckpt.pt'), Path(out_dir, 'ckpt_last.pt')
 with one_line_errors():
-    wanted = again or init_from in ('resume', 'auto') and not eval_only
-    found = newest_checkpoint(out_dir, best=not wanted)
+    latest = again or init_from in ('resume', 'auto') and not eval_only
+    found = newest_checkpoint(out_dir, best=not latest)
     if init_from == 'auto':
         init_from = 'resume' if found.exists() else 'scratch'
         say(f'init_from=auto: {init_from}')
-    if again and found.exists():
-        init_from = 'resume' if load_checkpoint(found, mmap=True).get('job') == job else init_from
+    if again and found.exists() and load_checkpoint(found, mmap=True).get('job') == job:
+        init_from = 'resume'  # torchrun started this job again, and the file is its own, not an earlier run's
     if ddp:  # what the first process saw holds for all
         choice = [init_from, found]
         dist.broadcast_object_list(choice)
@@ -190,26 +190,26 @@ if ddp:
 
 @lru_cache(128)
 def draw(high, shape, *key):
-    """ Whole numbers from 0 to high - 1, a function of the run's seed and of `key` alone. """
+    """ Whole numbers below `high` by the seed and `key`: 0 batches, 1 evaluation, 2 dropout; then which. """
     return np.random.default_rng((seed, *key)).integers(high, size=shape)
 
 
 def count_windows(split):
-    """ Windows that --eval_iters=-1 reads: of both splits as many as the evaluated one has whole ones. """
+    """ Windows of `split` that --eval_iters=-1 reads: all of eval_split, of train at most as many. """
     return min((len(data[name]) - 1) // block_size for name in (eval_split, split))
 
 
 def get_batch(split, index=0, it=None, device=device):
     """
-    Micro-batch `index` of iteration `it`, or without it of every evaluation -> inputs, targets, int64 (B, T)
+    Micro-batch `index` of iteration `it`, or without `it` of any evaluation -> inputs, targets, int64 (B, T)
     on the device. Windows start at random; with eval_iters=-1 those of an evaluation lie side by side, and
     rows of the last batch for which there are none left have targets -1, which count for nothing.
     """
-    last, beyond = len(data[split]) - block_size, None
+    n_starts, beyond = len(data[split]) - block_size, None
     if it is not None:  # of a hundred iterations at once: a generator takes longer to make than to use
-        starts = draw(last, (100, batch_size), 0, it // 100, index)[it % 100]  # (B,)
+        starts = draw(n_starts, (100, batch_size), 0, it // 100, index)[it % 100]  # (B,)
     elif eval_iters != -1:
-        starts = draw(last, batch_size, 1, split != 'train', index)
+        starts = draw(n_starts, batch_size, 1, split != 'train', index)
     else:
         number = index * batch_size + np.arange(batch_size)
         beyond = number >= count_windows(split)
@@ -230,7 +230,7 @@ def estimate_loss():
     mean = {}
     for split in data:
         n = count_windows(split) if eval_iters == -1 else eval_iters * batch_size
-        losses, weights = [torch.zeros((), device=device)], [0]
+        losses, weights = [torch.zeros((), device=device)], [0]  # a process may have no batch
         for index in tqdm(range(rank, math.ceil(n / batch_size), world_size), f'loss of {split}', delay=2,
                           leave=False, disable=None if master_process else True):
             x, y = get_batch(split, index)
@@ -248,7 +248,7 @@ def estimate_loss():
 
 
 def get_lr(it):
-    """ Learning rate: a rise; half a cosine (arXiv 1608.03983), or level and a line (2405.18392). """
+    """ Learning rate: linear warm-up; half a cosine (arXiv 1608.03983), or level and a line (2405.18392). """
     if not decay_lr:
         return learning_rate
     if it < warmup_iters:
@@ -286,19 +286,19 @@ def save(path):
             (last_path if path == ckpt_path else ckpt_path).unlink(missing_ok=True)
         fresh, saved_iter, saved_best, unsaved = False, iter_num, best_val_loss, ''
     except OSError as error:
-        unsaved, best_val_loss = str(error), saved_best
+        unsaved, best_val_loss = str(error), saved_best  # what is not on disk is not the best
         say(f'WARNING: nothing was saved: {error}. The run goes on, older checkpoints are intact.')
 
 
 share = range(rank, gradient_accumulation_steps, world_size)  # this process's micro-batches
 loader = ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype))  # has the next batch ready
-loaded = device if device_type == 'cuda' else 'cpu'  # an Apple GPU is for one thread
-upcoming = loader.submit(get_batch, 'train', rank, iter_num, loaded)
+loads_to = device if device_type == 'cuda' else 'cpu'  # two threads can't share an Apple GPU
+upcoming = loader.submit(get_batch, 'train', rank, iter_num, loads_to)
 if ddp and not eval_only:
     settle(model, *get_batch('train'), autocast)
 running_mfu = -1.0
-seconds, timed = 0.0, 0  # of how many iterations since the last log line, evaluation and saving left out
-reports, bad_steps, stopping, unsaved = [], 0, False, ''  # the last: why a save was none
+seconds, timed = 0.0, 0  # since the last log line: seconds without evaluation and saving, iterations
+reports, bad_steps, stopping, unsaved = [], 0, False, ''  # unsaved: why the last save failed, or ''
 signals = Signals(master_process) if not eval_only else None  # from here on the iteration is finished first
 clock = begin = time.perf_counter()
 
@@ -312,8 +312,8 @@ while True:
     # 2. evaluate, save, and end after the last update or on a signal
     finished = iter_num >= max_iters
     due = not stopping and (finished or eval_only or eval_interval and iter_num % eval_interval == 0)
-    wanted = not bad_steps and (stopping or checkpoint_interval and iter_num % checkpoint_interval == 0)
-    wanted, path = wanted and iter_num > saved_iter, ckpt_path if always_save_checkpoint else last_path
+    wanted = stopping or checkpoint_interval and iter_num % checkpoint_interval == 0
+    wanted = wanted and iter_num > saved_iter and not bad_steps  # where one is due, the evaluation decides
     if due or wanted:
         if device_type != 'cpu':
             getattr(torch, device_type).synchronize()
@@ -326,11 +326,11 @@ while True:
             if eval_only:
                 say(in_other_units(val_loss, tokenizer, data[eval_split]))
             if improved := val_loss < best_val_loss:
-                best_val_loss, path = val_loss, ckpt_path
-            new = iter_num > first_iter or improved and iter_num  # the latter: it had stopped just before
+                best_val_loss = val_loss
+            new = iter_num > first_iter or improved and iter_num > 0  # the latter: resumed unevaluated
             wanted = new and math.isfinite(val_loss) and not eval_only
         if wanted:
-            save(path)
+            save(ckpt_path if always_save_checkpoint or due and improved else last_path)
         clock = time.perf_counter()
     if finished or eval_only or stopping:
         log.write(iter_num, seconds)
@@ -339,8 +339,8 @@ while True:
     # 3. gradients of this process's micro-batches, reduced over the processes after the last of them
     loss_sum = torch.zeros((), device=device)
     for index in share:
-        last = index + world_size >= gradient_accumulation_steps
-        if dropout:
+        last = index == share[-1]
+        if dropout:  # which units drop out is a function of seed, iteration and micro-batch
             torch.manual_seed(int(draw(2**63, 100, 2, iter_num // 100, index)[iter_num % 100]))
         X, Y = (part.to(device) for part in upcoming.result())
         with nullcontext() if last or not ddp else model.no_sync():
@@ -348,7 +348,7 @@ while True:
                 _, loss = model(X, Y)
                 loss = loss / gradient_accumulation_steps
             following = (rank, iter_num + 1) if last else (index + world_size, iter_num)
-            upcoming = loader.submit(get_batch, 'train', *following, loaded)
+            upcoming = loader.submit(get_batch, 'train', *following, loads_to)
             scaler.scale(loss * world_size).backward()  # DDP takes the mean, here the sum is meant
         loss_sum += loss.detach()
     report = torch.stack((loss_sum, torch.full((), float(signals.number > 0), device=device)))
@@ -365,7 +365,7 @@ while True:
         lossf, _, normf = reports[-1][1]()  # waits for the device
         seconds += time.perf_counter() - clock
         dt = seconds / timed
-        if iter_num - first_iter >= max(5, timed):  # the first few warm up
+        if iter_num - first_iter >= max(5, timed):  # warm, and the first is not among the timed
             mfu = raw_model.estimate_mfu(batch_size * gradient_accumulation_steps / world_size, dt, peak)
             running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
         say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
@@ -377,11 +377,11 @@ while True:
         clock = time.perf_counter()
     log.write(iter_num, seconds)
 
-    # 6. what the iteration reported, on CUDA the one before: a signal to any process, numbers that went bad
+    # 6. what the iteration reported (on CUDA the one before: no wait): a signal to any process, bad numbers
     iter_num += 1
     if len(reports) > (device_type == 'cuda'):
-        it, report = reports.pop(0)
-        lossf, signalled, normf = report()
+        it, fetched = reports.pop(0)
+        lossf, signalled, normf = fetched()
         stopping = signalled > 0
         if math.isfinite(normf) or (  # or a float16 scaler is finding its scale
                 scaler.is_enabled() and math.isfinite(lossf) and scaler.get_scale() >= 1):

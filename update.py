@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         X = torch.stack(directions)                                             # (n, r, c) with r <= c
         X /= X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         for _ in range(5):
-            A = X @ X.mT                                                        # (n, r, r)
+            A = X @ X.mT                   # (n, r, r); X becomes 3.4445 X - 4.775 A X + 2.0315 A A X
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
         for p, x in zip(params, X):
             x = x if len(p) <= p.shape[1] else x.T
@@ -61,13 +61,13 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     parameters = [p for p in parameters if p.grad is not None]
-    min(parameters, key=torch.numel).grad += 0 * loss  # nan where the loss is not finite
+    min(parameters, key=torch.numel).grad += 0 * loss  # 0 * inf is nan: the norm shows a bad loss too
     norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
             torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     finite = torch.isfinite(norm)
     for optimizer in optimizers:
-        looks = getattr(optimizer, '_step_supports_amp_scaling', False)
-        if looks and norm.device.type != 'mps':  # where fused AdamW does not look
+        knows_found_inf = getattr(optimizer, '_step_supports_amp_scaling', False)
+        if knows_found_inf and norm.device.type != 'mps':  # where fused AdamW ignores it
             optimizer.found_inf = (~finite).float()
             optimizer.step()
         elif finite:
@@ -80,8 +80,8 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
 
 def settle(model, x, y, autocast):
     """
-    A backward pass whose gradients are dropped. After its first one DDP lays out anew what it adds up, and
-    with it the order of its sums, which a run that is resumed has to share with one that was not.
+    A backward pass whose gradients are dropped. After its first one DDP rebuilds its buckets, and with them
+    the order of its sums, which a run that is resumed has to share with one that was not.
     """
     with autocast:
         _, loss = model(x, y)

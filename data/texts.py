@@ -90,7 +90,7 @@ def _raise(error):
 
 
 def find_texts(source, *suffixes, prefix=''):
-    """ Files of these suffixes whose names begin with `prefix`: `source` itself, or those in it, sorted. """
+    """ Files of these suffixes: `source`, or all below it, or with `prefix` those of that name in it. """
     source = Path(source).expanduser()
     if not source.exists():
         raise FileNotFoundError(f'{source} is not there')
@@ -182,11 +182,11 @@ def read_texts(path):
 
 def survey(paths, record):
     """
-    A first look at files -> how many documents and characters they have, and the set of the characters.
+    A first look at files -> how many documents and characters they have, the set of these (GPT-2's: empty).
     Raises ValueError where one can't be read, or a Hugging Face tokenizer has no token for a character.
     """
     documents, characters, known = 0, 0, set()
-    encode = get_tokenizer(record)[0] if record['kind'] == 'hf' else len
+    encode = get_tokenizer(record)[0] if record['kind'] == 'hf' else len  # never 0: the others lack none
     with tqdm(desc='reading', unit=' characters', unit_scale=True) as bar:
         for path in paths:
             for text in read_texts(path):
@@ -233,13 +233,13 @@ def load_rows(folder, source, name, config=None, split='train', prefix=''):
 
 
 def _local_rows(paths, times):
-    """ `times` of the files are here for the name of the cache. """
+    """ `times`: part of what datasets names its cache by, so that a changed file is read anew. """
     for path in paths:
         yield from ({'text': text} for text in read_texts(path) if text is not None)
 
 
 def each(rows, *after):
-    """ The texts of `rows` with a column text, one by one, and `after` each of them whatever is given. """
+    """ The texts of `rows`, a Dataset with a column text, each followed by `after`: None ends a document. """
     for start in range(0, len(rows), 1000):
         for text in rows['text'][start:start + 1000]:
             yield text
@@ -353,7 +353,7 @@ def write_bins(folder, splits, record, size):
         if record['kind'] != 'gpt2':
             files.enter_context(whole_file(meta_path)).write_bytes(meta)
         if (meta_path.read_bytes() if meta_path.exists() else pickle.dumps(None)) != meta:
-            for path in (*names, meta_path):  # never these with the new ones, nor without their vocabulary
+            for path in (*names, meta_path):  # old bins with a new vocabulary, or without theirs
                 path.unlink(missing_ok=True)
     print(f'vocabulary: {vocab_size:,} {"characters" if record["kind"] == "char" else "tokens"}')
     for split in splits:
