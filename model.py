@@ -228,7 +228,7 @@ class GPT(nn.Module):
             self.register_buffer(name, table.to(self.lm_head.weight.device), persistent=False)
 
     def get_num_params(self, non_embedding=True):
-        """ The number of parameters; `non_embedding` leaves out the position table; tied tables count once. """
+        """ The number of parameters, `non_embedding` without the position table; tied tables count once. """
         return sum(p.numel() for name, p in self.named_parameters()
                    if not (non_embedding and name == 'transformer.wpe.weight'))
 
