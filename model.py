@@ -69,18 +69,11 @@ def rotations(n, hs):
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((angle.sin(), -angle.sin()), -1)
 
 
-class Norm(nn.Module):
+def norm(config):
     """ LayerNorm (arXiv 1607.06450) with or without a bias, or RMSNorm: (..., n_embd) -> the same. """
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = None if config.rmsnorm else nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias and not config.rmsnorm else None
-
-    def forward(self, x):
-        if self.weight is None:
-            return rms_norm(x)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5)
+    if config.rmsnorm:
+        return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
 class KVCache:
@@ -172,9 +165,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = Norm(config)
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = Norm(config)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, rotation=None, cache=None, mask=None, last=False):
@@ -204,7 +197,7 @@ class GPT(nn.Module):
             **({} if config.rotary else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=Norm(config),
+            ln_f=norm(config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if not config.untied:
