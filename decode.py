@@ -39,7 +39,7 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
     if uniforms is None:
         uniforms = torch.rand(B, max_new_tokens, device=idx.device)
     tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
-    begin, cache, seen = max(0, T - size), None, None  # first token that is read; its KVCaches; ids by row
+    begin, cache = max(0, T - size), None  # first token that is read; its KVCaches
     room = min(size, T + max_new_tokens)
     if past_block == 'roll' and T + max_new_tokens - begin > len(model.cos):
         model.register_rotations(T + max_new_tokens - begin)
@@ -60,16 +60,12 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
             logits = logits.expand(B, -1, -1)
             for layer in cache or ():
                 layer.repeat(B)
-        logits = logits[:, -1, :vocab_size].float()                         # (B, vocab_size)
+        logits = logits[:, -1].float()                                      # (B, all ids)
         if repetition_penalty != 1:
-            if seen is None:
-                seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=idx.device)
-                seen.scatter_(1, idx, True)
-            penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-            logits = torch.where(seen[:, :logits.shape[1]], penalized, logits)
-        tokens[:, n] = draw(logits, uniforms[:, n - T], temperature, top_k, top_p, min_p)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, n:n + 1], True)
+            had = logits.gather(1, tokens[:, :n])                           # (B, n)
+            had = torch.where(had > 0, had / repetition_penalty, had * repetition_penalty)
+            logits = logits.scatter(1, tokens[:, :n], had)
+        tokens[:, n] = draw(logits[:, :vocab_size], uniforms[:, n - T], temperature, top_k, top_p, min_p)
         yield tokens[:, n]
 
 

@@ -63,9 +63,7 @@ def last_words(config, iter_num, first_iter, saved_iter, signal, unsaved, best_v
         return f'stopped by {signal} at iteration {iter_num:,}; {then}'
     if not iters:
         return f'nothing was left to do: iteration {iter_num} is not below max_iters={config["max_iters"]}'
-    last = '' if Path(out_dir, 'ckpt.pt').exists() else Path(out_dir, 'ckpt_last.pt')
-    then = f'try: python sample.py --{f"init_from={last}" if last else f"out_dir={out_dir}"}'
-    then = f'NOT SAVED: {unsaved}' if unsaved else then
+    then = f'NOT SAVED: {unsaved}' if unsaved else f'try: python sample.py --out_dir={out_dir}'
     took = timedelta(seconds=round(seconds))
     return f'{iters:,} iterations in {took}, best val loss {best_val_loss:.4f}; {then}'
 
@@ -84,8 +82,9 @@ class Log:
 
     def __init__(self, config, identity, iter_num, tokens_per_iter, resume, active, tokenizer):
         self.path = Path(config['out_dir'], 'log.csv') if active and not config['eval_only'] else None
-        self.row, self.seconds, self.wandb, self.tokenizer = {}, 0.0, None, None
+        self.row, self.wandb, self.tokenizer = {}, None, None
         self.tokens = identity.get('tokens', iter_num * tokens_per_iter)
+        self.seconds = identity.get('seconds', 0.0)
         self.tokens_per_iter = tokens_per_iter
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)  # now, and not after hours
@@ -98,7 +97,6 @@ class Log:
                                 and row.get('iter', '').isdigit() and int(row['iter']) < iter_num]
                 except (csv.Error, UnicodeDecodeError) as error:
                     raise ValueError(f'{self.path} is damaged ({error}); remove it') from None
-            self.seconds = identity.get('seconds', float(rows[-1]['seconds']) if rows else 0.0)
             with whole_file(self.path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
                 writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore', lineterminator='\n')
                 writer.writeheader()
@@ -143,14 +141,12 @@ class Log:
         """ Ends iteration `it`: appends its row, if there is one; `seconds` are those not logged yet. """
         if self.path and self.row:
             row = {'iter': it, 'tokens': self.tokens, 'seconds': self.seconds + seconds, **self.row}
-            assert set(row) <= set(COLUMNS), f'{set(row) - set(COLUMNS)} of a row are not among the COLUMNS'
-            row = [f'{value:.6g}' if isinstance(value, float) else value
-                   for value in (row.get(name, '') for name in COLUMNS)]
+            row = {name: f'{value:.6g}' if isinstance(value, float) else value for name, value in row.items()}
             end = None
             try:
                 end = self.path.stat().st_size
                 with open(self.path, 'a', encoding='utf-8', newline='') as f:
-                    csv.writer(f, lineterminator='\n').writerow(row)
+                    csv.DictWriter(f, COLUMNS, lineterminator='\n').writerow(row)
             except OSError as error:
                 if end is not None:
                     with suppress(OSError):

@@ -62,8 +62,7 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
         scaler.unscale_(optimizer)
     parameters = [p for p in parameters if p.grad is not None]
     min(parameters, key=torch.numel).grad += 0 * loss  # 0 * inf is nan: the norm shows a bad loss too
-    norm = (torch.nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else
-            torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float('inf'))
     finite = torch.isfinite(norm)
     for optimizer in optimizers:
         knows_found_inf = getattr(optimizer, '_step_supports_amp_scaling', False)
@@ -86,5 +85,4 @@ def settle(model, x, y, autocast):
     with autocast:
         _, loss = model(x, y)
     loss.backward()
-    for p in model.parameters():
-        p.grad = None
+    model.zero_grad()
