@@ -117,7 +117,7 @@ def other_characters(tmp_path, dataset):
 
 
 @pytest.fixture
-def script_globals(monkeypatch, tmp_path, dataset):
+def script_globals(monkeypatch, tmp_path):
     """ script_globals('train.py', ...) runs a script in this process -> its variables and functions. """
     def execute(name, *args, **settings):
         monkeypatch.chdir(tmp_path)

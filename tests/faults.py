@@ -87,9 +87,9 @@ def differences(a, b):
             found.append(f'{name} is in one of them')
         elif (a / name).exists():
             x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
-            for key in ('model', 'optimizer', 'iter_num', 'best_val_loss', 'scaler'):
+            for key in ('model', 'optimizer', 'muon', 'iter_num', 'best_val_loss', 'scaler'):
                 try:
-                    torch.testing.assert_close(x[key], y[key], rtol=0, atol=0)
+                    torch.testing.assert_close(x.get(key), y.get(key), rtol=0, atol=0)
                 except AssertionError as error:
                     found.append(f'{name}, {key}: {str(error).splitlines()[0]}')
     logs = []

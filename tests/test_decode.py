@@ -293,9 +293,8 @@ def test_as_many_samples_as_memory_holds():
 
 
 def test_what_an_unfinished_text_may_show():
-    euro = '€'.encode()
-    assert settled(('a' + '€').encode()[:-1].decode(errors='replace'), '') == 'a'
-    assert settled('a€', '') == 'a€' and len(euro) == 3
+    assert settled('a€'.encode()[:-1].decode(errors='replace'), '') == 'a'
+    assert settled('a€', '') == 'a€'
     assert settled('xaa', 'aab') == settled('xa', 'aab') == 'x' and settled('xab', 'aab') == 'xab'
     assert settled('one\n', '\n\n') == 'one' and settled('one\n', '') == 'one\n'
 

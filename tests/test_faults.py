@@ -11,7 +11,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, flags, run, run_script, train
+from conftest import ROOT, SMALL, environment, flags, run, run_script, train
+from faults import differences
 
 import model as model_module
 from checkpoint import load_checkpoint, newest_checkpoint
@@ -159,8 +160,8 @@ BAD = [  # script, arguments, exit code, part of the line
     ('sample.py', ['--out=out'], 1, 'out=out is no file'),
     ('sample.py', ['--start='], 1, 'the prompt is empty'),
     ('sample.py', ['--start=dog'], 1, "'dg' is not in the vocabulary"),
-    ('sample.py', ['--start=FILE:nowhere.txt'], 1, 'nowhere.txt'),
-    ('sample.py', ['--start=FILE:latin.txt'], 1, 'latin.txt'),
+    ('sample.py', ['--start=FILE:nowhere.txt'], 1, 'there is no file nowhere.txt'),
+    ('sample.py', ['--start=FILE:latin.txt'], 1, 'latin.txt is not in UTF-8'),
     ('sample.py', ['--start=FILE:empty.txt'], 1, 'the prompt is empty'),
     ('sample.py', ['--out_dir=nowhere'], 1, 'there is no checkpoint nowhere/ckpt.pt'),
     ('sample.py', ['--device=cuda:7'], 1, 'device=cuda:7'),
@@ -203,26 +204,15 @@ def test_bad_input_gets_one_line(ruins, dataset, script, arguments, code, part):
     assert [path for path in sorted(ruins.rglob('*')) if path.name != 'new' and path not in before] == []
 
 
-def test_there_are_enough_of_them():
-    assert len(BAD) >= 80
-
-
 @pytest.mark.parametrize('script, arguments, code, part', BAD[3:108:9], ids=lambda value: str(value)[:60])
 def test_bad_input_of_a_plain_process(ruins, dataset, script, arguments, code, part):
-    _, error = run(script, *complete(script, arguments, ruins, dataset), cwd=ruins, code=code)
-    assert part in error and error.count('\n') == 1
+    command = [sys.executable, ROOT / script, *complete(script, arguments, ruins, dataset)]
+    done = subprocess.run(command, cwd=ruins, capture_output=True, text=True, env=environment())
+    assert done.returncode == code and part in done.stderr and done.stderr.count('\n') == 1
 
 
 # -----------------------------------------------------------------------------
 # kills and signals, of real processes
-
-def same(a, b, names=('ckpt.pt',)):
-    """ Asserts that the checkpoints of two folders are bit-identical, but for the names of runs. """
-    for name in names:
-        x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
-        for key in ('model', 'optimizer', 'iter_num', 'best_val_loss', 'scaler'):
-            torch.testing.assert_close(x[key], y[key], rtol=0, atol=0, msg=f'{name}: {key}')
-
 
 def begin(cwd, dataset, processes=None, **settings):
     """ Starts train.py, or torchrun with it, in a session of its own. """
@@ -271,9 +261,7 @@ def test_a_signal_stops_well(tmp_path, dataset, name):
     assert stopped >= 5 and not (tmp_path / 'out/ckpt.pt').exists()
     train(tmp_path, dataset, **{**LONG, 'max_iters': stopped + 3}, init_from='resume', eval_iters=1)
     train(tmp_path, dataset, **{**LONG, 'max_iters': stopped + 3}, out_dir='untouched', eval_iters=1)
-    names = [path.name for path in (tmp_path / 'untouched').glob('*.pt*')]
-    assert names and names == [path.name for path in (tmp_path / 'out').glob('*.pt*')]
-    same(tmp_path / 'out', tmp_path / 'untouched', names)
+    assert not differences(tmp_path / 'out', tmp_path / 'untouched')
 
 
 def test_a_pipe_that_is_gone_does_not_end_a_run(tmp_path, dataset):
@@ -332,7 +320,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, dataset):
     iters, _, _ = train(tmp_path, dataset, **settings, init_from='resume')
     expected, _, _ = train(tmp_path, dataset, **settings, out_dir='untouched')
     assert len(iters) == 3 and iters.items() <= expected.items()
-    same(tmp_path / 'out', tmp_path / 'untouched', [p.name for p in (tmp_path / 'untouched').glob('*.pt*')])
+    assert not differences(tmp_path / 'out', tmp_path / 'untouched')
 
 
 def test_no_process_leaves_another_in_its_save(tmp_path, dataset, monkeypatch):
@@ -382,7 +370,7 @@ def test_a_worker_that_is_killed_comes_back(tmp_path, dataset):
     assert 'resuming out/ckpt.pt at iteration' in out
     train(tmp_path, dataset, **{key: value for key, value in settings.items() if key != 'dataset'},
           processes=2, out_dir='untouched')
-    same(tmp_path / 'out', tmp_path / 'untouched')
+    assert not differences(tmp_path / 'out', tmp_path / 'untouched')
 
 
 def test_a_dead_peer_ends_the_others(tmp_path, dataset):
@@ -450,7 +438,7 @@ def test_an_improvement_at_the_moment_of_the_stop_is_not_lost(tmp_path, dataset)
     torch.save({**best, 'best_val_loss': best['best_val_loss'] + 1}, tmp_path / 'out/ckpt_last.pt')
     (tmp_path / 'out/ckpt.pt').unlink()  # as it was just before
     train(tmp_path, dataset, **settings, init_from='resume')
-    same(tmp_path / 'out', tmp_path / 'untouched')
+    assert not differences(tmp_path / 'out', tmp_path / 'untouched')
 
 
 def test_a_save_that_fails_is_survived(tmp_path, script_globals, dataset, monkeypatch, capsys):
@@ -530,12 +518,6 @@ def test_a_scaler_that_finds_its_scale_is_not_bad(tmp_path, script_globals, data
                                           'max_iters': 40})
     out = capsys.readouterr().out
     assert names['scaler'].get_scale() < 2**36 and 'skipped' not in out and 'grad norm inf' in out
-
-
-def test_gradient_norm_on_the_log_line(script_globals, dataset, capsys):
-    script_globals('train.py', **{**FAST, 'dataset': dataset, 'max_iters': 1, 'grad_clip': 0.0})
-    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('iter 0')]
-    assert 0.01 < float(line.split('grad norm ')[1].split(',')[0]) < 100
 
 
 def test_out_of_memory_names_what_to_lower(script_globals, dataset, monkeypatch, capfd):

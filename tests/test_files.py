@@ -247,13 +247,6 @@ def test_a_wrapper_is_not_saved(saved, tmp_path):
         save_checkpoint(tmp_path / 'x.pt', torch.nn.Sequential(model), [optimizer])
 
 
-def test_a_checkpoint_that_carries_code_is_refused_unrun(tmp_path, saved):
-    torch.save({'model': Bomb(tmp_path / 'boom')}, tmp_path / 'bad.pt')
-    with pytest.raises(ValueError, match='carries code'):
-        load_checkpoint(tmp_path / 'bad.pt')
-    assert not (tmp_path / 'boom').exists()
-
-
 def test_broken_checkpoints_are_named(tmp_path, saved):
     path, model, _ = saved
     good = torch.load(path, weights_only=True)

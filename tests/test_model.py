@@ -364,11 +364,10 @@ def test_the_mask_follows_the_keys_around_a_full_cache():
             assert sorted(read) == [i for i in range(max(0, n + 1 - size), n + 1) if i >= pad or i == n]
 
 
-def test_a_table_that_is_only_looked_up_costs_no_flops(tiny, recipe):
+def test_a_table_that_is_only_looked_up_costs_no_flops(recipe):
     n = sum(p.numel() for p in recipe.parameters())
     assert recipe.get_num_params() == recipe.get_num_params(non_embedding=False) == n
     assert recipe.flops_per_token(16) == 6 * (n - 40 * 16) + 12 * 2 * 16 * 16
-    assert tiny.flops_per_token(16) == 6 * tiny.get_num_params() + 12 * 2 * 16 * 16
 
 
 def test_attention_stays_in_float32_on_a_cpu(recipe):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CLASSIC_MODEL_ARGS, ROOT, SMALL, run, train
+from faults import differences
 
 import checkpoint as checkpoint_module
 import machine
@@ -18,16 +19,6 @@ from checkpoint import load_checkpoint
 
 RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02,
               cooldown_iters=10, dtype='bfloat16')
-
-
-def weights(out_dir, name='ckpt.pt'):
-    return torch.load(out_dir / name, weights_only=True)['model']
-
-
-def assert_same_weights(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
 
 
 def test_the_defaults_are_those_of_nanogpt():
@@ -113,11 +104,6 @@ def test_whole_validation_split_against_a_plain_loop(trainer, dataset):
         assert mean == pytest.approx(sum(losses) / whole, abs=1e-5)
 
 
-def test_evaluation_reads_the_same_windows_every_time(trainer):
-    names = trainer()
-    assert names['estimate_loss']() == names['estimate_loss']()
-
-
 def test_each_batch_of_an_evaluation_has_windows_of_its_own(trainer):
     names = trainer()
     for split, of in (('train', 0), ('val', 1)):
@@ -189,8 +175,9 @@ def test_a_run_that_only_got_worse_has_no_best_model(tmp_path, dataset):
     train(tmp_path, dataset)
     _, _, out = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='worse', decay_lr=False,
                       learning_rate=1.0, always_save_checkpoint=False, max_iters=3)
-    assert 'sample.py --init_from=worse/ckpt_last.pt' in out
+    assert 'sample.py --out_dir=worse' in out
     assert [path.name for path in (tmp_path / 'worse').glob('*.pt*')] == ['ckpt_last.pt']
+    run('sample.py', cwd=tmp_path, out_dir='worse', num_samples=1, max_new_tokens=4)
 
 
 def test_a_model_without_a_loss_does_not_replace_one_that_had_one(tmp_path, dataset):
@@ -260,7 +247,7 @@ def test_resume_equals_no_interruption_bit_for_bit(tmp_path, dataset, extra):
     first, _, _ = train(tmp_path, dataset, out_dir='parts', **{**extra, 'max_iters': 10})
     rest, _, out = train(tmp_path, dataset, out_dir='parts', init_from='auto', **extra)
     assert 'init_from=auto: resume' in out and {**first, **rest} == whole and min(rest) == 10
-    assert_same_weights(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
+    assert not differences(tmp_path / 'whole', tmp_path / 'parts')
     if extra.get('dtype') == 'float16':
         scaler = torch.load(tmp_path / 'parts/ckpt.pt', weights_only=True)['scaler']
         assert scaler['scale'] > 1  # it was on
@@ -285,7 +272,7 @@ def test_gradients_are_clipped_by_their_norm(trainer):
     moments = [[names['optimizers'][0].state[p]['exp_avg'] for p in names['raw_model'].parameters()]
                for names in (free, clipped)]
     norm = math.sqrt(sum((m / 0.1).square().sum().item() for m in moments[0]))
-    assert norm > 0.1
+    assert norm > 0.1 and free['normf'] == clipped['normf'] == pytest.approx(norm, rel=1e-4)
     for m, c in zip(*moments):
         torch.testing.assert_close(c, m * 0.01 / norm, atol=1e-8, rtol=1e-3)
 
@@ -457,9 +444,8 @@ def test_three_processes_resume_bit_for_bit(tmp_path, dataset):
     train(tmp_path, dataset, **settings, max_iters=10)
     job = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)['job']
     train(tmp_path, dataset, **settings, init_from='resume')
+    assert not differences(tmp_path / 'out', tmp_path / 'untouched')
     a, b = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('out', 'untouched'))
-    for key in ('model', 'optimizer'):
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
     assert len({job, a['job'], b['job'], ''}) == 4  # each start of torchrun is a job of its own
 
 
