@@ -56,7 +56,7 @@ dtype = 'auto'           # float32, bfloat16 or float16; auto: 16 bits on CUDA a
 compile = 'auto'         # True or False; auto: on CUDA
 profile = False          # leave a trace of five steps in ./bench_log
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 patience = 180           # seconds that a measurement may take without a warning
 

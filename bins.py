@@ -195,6 +195,5 @@ def get_tokenizer(record):
                       'a machine with a network, set TIKTOKEN_CACHE_DIR to it, or take python_char') from None
 
     def encode(text, special=False):
-        names = {'<|endoftext|>'} if special else set()
-        return bpe.encode_to_numpy(text, allowed_special=names, disallowed_special=())
+        return bpe.encode_to_numpy(text, allowed_special='all' if special else set(), disallowed_special=())
     return encode, bpe.decode, bpe.n_vocab, bpe.eot_token

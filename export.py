@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 out_dir = 'out'  # folder of ckpt.pt
 hf_dir = ''      # the new folder; '': hf in out_dir
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 
 def to_gpt2(model, vocab_size, end):

@@ -185,7 +185,6 @@ def explain(settings, ddp):
 
     def hook(kind, error, trace):
         text = ' '.join(str(error).split())
-        line = None
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
                 "(can't allocate|not enough|out of) memory|Invalid buffer size", text):
             line = (f'out of memory ({text:.100}) with {sizes}; a lower batch_size and as much more '
@@ -196,7 +195,7 @@ def explain(settings, ddp):
             line = f'a token that the model does not know is in the data; prepare them again ({text:.100})'
         elif kind.__module__.startswith('wandb'):
             line = f'wandb: {text} Or set WANDB_MODE=offline, or --wandb_log=False'
-        if line is None:
+        else:
             return sys.__excepthook__(kind, error, trace)
         # c10d puts a buffer in place of sys.stderr; with a broken collective, an orderly end may wait forever
         print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.__stderr__, flush=True)

@@ -21,7 +21,7 @@ sys.argv[1:] = [arg for arg in sys.argv[1:] if arg not in folders]
 x = 'iter'         # iter, tokens or seconds
 file = 'loss.png'  # the picture: .png, .svg or .pdf
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 LABELS = {'iter': 'iterations', 'tokens': 'tokens', 'seconds': 'seconds of training'}
 

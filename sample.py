@@ -49,7 +49,7 @@ dtype = 'auto'         # of the weights: float32, bfloat16 or float16; auto: 16 
 quantize = ''          # int8: weights in 8 bits, on an x86 CPU; '': in dtype
 compile = False        # torch.compile: minutes at first, then faster on a GPU
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 
 def tokenize(text):

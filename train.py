@@ -87,7 +87,7 @@ device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first of the
 dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits on CUDA and x86 with bfloat16
 compile = 'auto'              # True or False; auto: on CUDA
 # -----------------------------------------------------------------------------
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 # which process this is; torchrun says so
 ddp = 'RANK' in os.environ

@@ -39,17 +39,13 @@ def preparing(folder):
     with one_line_errors(), ExitStack() as stack:
         keep = scratch.exists()
         scratch.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(open(owner, 'a+', encoding='utf-8'))  # the system ends it with the process
+        lock = stack.enter_context(open(owner, 'w'))  # the system ends it with the process
         with suppress(ImportError):  # Windows
             from fcntl import LOCK_EX, LOCK_NB, flock
             try:
                 flock(lock, LOCK_EX | LOCK_NB)
             except BlockingIOError:
-                lock.seek(0)
-                raise ValueError(f'process {lock.read()} is preparing {folder}; wait for it') from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+                raise ValueError(f'another process is preparing {folder}; wait for it') from None
         try:
             yield
             keep = False

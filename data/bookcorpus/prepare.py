@@ -11,7 +11,6 @@ so val is 32 runs or a few more of consecutive rows, each 1,156 long (where ther
 at places drawn by numpy's default_rng(2357), in order. train is what is left, in order.
 Should measure: 74,004,228 rows.
 """
-import os
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from texts import each, load_rows, preparing, write_bins  # noqa: E402
 source = ''  # a local copy; empty: the hub
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
-    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
     def texts_of(split):
         for row, text in enumerate(each(rows)):

@@ -22,7 +22,7 @@ tokenizer = 'gpt2'  # gpt2; char: one token for each character in the text; or a
 val_fraction = 0.1  # what is held out
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
-    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
     def texts_of(split):
         number = at = 0  # document, character

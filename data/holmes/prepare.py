@@ -8,7 +8,6 @@ Split: the first 90% of the characters for training, the last 10% for validation
 Should measure, of Gutenberg's file of 2011: 81 distinct characters, 506,097 tokens in train.bin, 56,234
 in val.bin.
 """
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from texts import download, preparing, read_texts, write_bins  # noqa: E402
 _url = 'https://www.gutenberg.org/cache/epub/1661/pg1661.txt'
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
-    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
     with preparing(FOLDER):
         download(_url, FOLDER / 'input.txt')  # no digest: Gutenberg edits its files

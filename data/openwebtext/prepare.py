@@ -8,7 +8,6 @@ both parts.
 Tokens: an end-of-text after each document.
 Should measure: 8,013,769 documents; 9,035,582,198 tokens in train.bin (18 GB), 4,434,897 in val.bin.
 """
-import os
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from texts import each, load_rows, preparing, write_bins  # noqa: E402
 source = ''  # a local copy; empty: the hub
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
-    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
     with preparing(FOLDER):
         rows = load_rows(FOLDER, source, 'Skylion007/openwebtext')

@@ -7,7 +7,6 @@ the 95 printable characters of ASCII; these 96 are the vocabulary.
 Split: the first 90% of the characters for training, the last 10% for validation.
 Should measure: about 11 million characters, more or fewer from one Python version to the next.
 """
-import os
 import platform
 import sys
 import sysconfig
@@ -20,7 +19,7 @@ from texts import preparing, write_bins  # noqa: E402
 
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
-    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
     vocabulary = '\n' + ''.join(map(chr, range(32, 127)))
     left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}

@@ -6,7 +6,6 @@ saved beside this file as input.txt, is used as it is.
 Split: the first 90% of the characters for training, the last 10% for validation, then encoded.
 Should measure: 301,966 tokens in train.bin, 36,059 in val.bin.
 """
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ _url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshak
 _sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
-    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
     with preparing(FOLDER):
         download(_url, FOLDER / 'input.txt', _sha256)

@@ -7,7 +7,6 @@ Split: its own; test.bin is read by train.py --eval_only=True --eval_split=test.
 Tokens: the rows, a line each, are encoded one by one as they come. Each brings its line end, and nothing
 goes between them: an article is many rows, and its border is a heading like any other.
 """
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from texts import each, load_rows, preparing, write_bins  # noqa: E402
 source = ''  # a local copy; empty: the hub
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
-    exec(open(os.path.join(FOLDER.parents[1], 'configurator.py')).read())
+    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
     with preparing(FOLDER):
         rows = {split: load_rows(FOLDER, source, 'Salesforce/wikitext', 'wikitext-2-raw-v1', theirs, prefix)
