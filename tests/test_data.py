@@ -595,6 +595,11 @@ def test_gpt2_tokens_trained_and_sampled(tmp_path, gpt2, script_globals):
     names = script_globals('sample.py', start='the<|endoftext|>', num_samples=1, max_new_tokens=1)
     assert names['prompts'] == [[*gpt2.encode_ordinary('the'), 50256]]
 
+    from transformers import AutoTokenizer
+    run('export.py', cwd=tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path / 'out/hf')
+    assert exported.encode(text + '<|endoftext|>') == [*gpt2.encode_ordinary(text), 50256]
+
 
 def test_eval_split(tmp_path, dataset):
     """ Another split than val is evaluated, the whole of it. """

@@ -149,6 +149,7 @@ BAD = [  # script, arguments, exit code, part of the line
         ('odd_scaler', 'scaler=[3] is not what'), ('odd_loss', "best_val_loss='low' is not what")]),
     ('train.py', ['--init_from=resume', '--dataset=other'], 1, 'another vocabulary'),
     ('train.py', ['--init_from=resume', '--block_size=64'], 1, 'block_size=64 is more than the 16 of out/'),
+    ('train.py', ['--init_from=resume', '--block_size=0'], 1, 'block_size=0 must be at least 1'),
     # sample.py
     *(('sample.py', [f'--{name}={value}'], 1, f'{name}={value}') for name, value in [
         ('temperature', -1.0), ('top_k', -1), ('num_samples', -1), ('seed', -1), ('max_new_tokens', -1),
