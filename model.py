@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+RMS_EPS = 1e-6  # of every RMSNorm here
 
 # -----------------------------------------------------------------------------
 # the model
@@ -54,7 +55,7 @@ class GPTConfig:
 
 def rms_norm(x):
     """ Vectors of a root mean square of 1: (..., n) -> the same. """
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
 
 
 def rotate(x, cos, sin):
@@ -72,7 +73,7 @@ def rotations(n, hs):
 def norm(config):
     """ LayerNorm (arXiv 1607.06450) with or without a bias, or RMSNorm: (..., n_embd) -> the same. """
     if config.rmsnorm:
-        return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+        return nn.RMSNorm(config.n_embd, eps=RMS_EPS, elementwise_affine=False)
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 

@@ -82,7 +82,7 @@ class Log:
 
     def __init__(self, config, identity, iter_num, tokens_per_iter, resume, active, tokenizer):
         self.path = Path(config['out_dir'], 'log.csv') if active and not config['eval_only'] else None
-        self.row, self.wandb, self.tokenizer = {}, None, None
+        self.row, self.wandb, self.tokenizer, self.say = {}, None, None, printer(active)
         self.tokens = identity.get('tokens', iter_num * tokens_per_iter)
         self.seconds = identity.get('seconds', 0.0)
         self.tokens_per_iter = tokens_per_iter
@@ -110,7 +110,7 @@ class Log:
             try:
                 self.tokenizer = tokenizer and get_tokenizer(tokenizer)
             except OSError as error:
-                print(f'no samples in wandb without a tokenizer: {error}', flush=True)
+                self.say(f'no samples in wandb without a tokenizer: {error}')
 
     def evaluated(self, it, losses, lr, mfu, model, ids):
         """ Takes {split: mean loss}, eval_split last, of `model` before `it`; samples go on after `ids`. """
@@ -151,7 +151,7 @@ class Log:
                 if end is not None:
                     with suppress(OSError):
                         os.truncate(self.path, end)  # not half a row
-                printer(True)(f'WARNING: log.csv lacks iteration {it}: {error}')
+                self.say(f'WARNING: log.csv lacks iteration {it}: {error}')
         self.row = {}
         self.tokens += self.tokens_per_iter
 

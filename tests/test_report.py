@@ -115,7 +115,8 @@ def test_an_end_of_text_costs_bits_and_is_no_text():
 
 
 def test_bits_a_byte_of_text_beyond_ascii():
-    text = report.in_other_units(math.log(2), {'kind': 'char', 'itos': ['a', 'é', '€']}, np.array([0, 1, 2]))
+    record = {'kind': 'char', 'itos': ['a', 'é', '€']}
+    text = report.in_other_units(math.log(2), record, np.array([0, 1, 2]))
     assert text == 'perplexity 2 a token, 0.5000 bits a byte'  # three bits for 1 + 2 + 3 bytes
 
 

@@ -446,7 +446,7 @@ def test_three_processes_resume_bit_for_bit(tmp_path, dataset):
     train(tmp_path, dataset, **settings, init_from='resume')
     assert not differences(tmp_path / 'out', tmp_path / 'untouched')
     a, b = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('out', 'untouched'))
-    assert len({job, a['job'], b['job'], ''}) == 4  # each start of torchrun is a job of its own
+    assert len({job, a['job'], b['job'], ''}) == 4  # each start is a job of its own
 
 
 def test_mfu_of_a_process_counts_its_own_share(trainer, monkeypatch, tmp_path):
