@@ -2,99 +2,149 @@
 #
 #     exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 #
-# below a script's settings (its public module-level names that hold an int, float, bool or str) executes
-# the config files among them, sets the keys, left to right, and leaves `config_keys`, a list of their
-# names. Exec'd, not imported: so `learning_rate` is a plain variable everywhere. What it can't take it
-# refuses in one line, exit code 2. A setting whose default is 'auto' also takes True and False.
+# stands below a script's settings, which are its public module-level variables that hold an int,
+# float, bool or str. It executes the config files among them and sets the keys, from left to
+# right; the last one counts. It is executed and not imported, so that `learning_rate` is a plain
+# variable everywhere. What it cannot read it refuses in one line, with exit code 2.
+#
+# It leaves `config_keys`, the names of the settings, and `config_overrides`, a line for each
+# setting that is not at its default, for the script to print once the settings have been checked.
 
-def _configure(settings):
-    """ Applies sys.argv to `settings`, the globals of the script, and returns the settings' names. """
+def _configure(settings):  # noqa: C901  it is small functions, which the script need not see
+    """ Applies sys.argv to `settings`, the script's globals -> config_keys, config_overrides. """
     import ast
     import builtins  # the scripts have a setting named compile
+    import glob
     import os
     import sys
-    import time
     from difflib import get_close_matches
 
+    is_master = os.environ.get('RANK', '0') == '0'
+
     def refuse(message):
-        time.sleep(15 if os.environ.get('LOCAL_RANK', '0') != '0' else 0)  # torchrun ends all but the first
         print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr)
         sys.exit(2)
 
-    def literal(text):
+    def settings_in(names):
+        return {key: value for key, value in names.items()
+                if not key.startswith('_') and type(value) in (int, float, bool, str)}
+
+    defaults = settings_in(settings)
+
+    def convert(key, value):
+        """ A value in the type of the setting's default, where nothing is lost by that. """
+        kind = type(defaults[key])
+        if getattr(value, 'shape', None) == ():  # a NumPy number; checkpoints hold Python's
+            value = value.item()
+        if kind is float and type(value) is int:
+            return float(value)  # 1 for 1.0
+        if kind is int and type(value) is float and value.is_integer():
+            return int(value)  # 6e5 for 600000
+        if defaults[key] == 'auto' and value in ('True', 'False'):
+            return value == 'True'
+        return value
+
+    def put(key, value, source):
+        kind = type(defaults[key])
+        value = convert(key, value)
+        is_choice = defaults[key] == 'auto' and type(value) is bool
+        if type(value) is not kind and not is_choice:
+            descriptions = {bool: 'True or False', int: 'a whole number', float: 'a number',
+                            str: 'a string'}
+            refuse(f'{source}: {key} requires {descriptions[kind]}, not {value!r}')
+        settings[key] = value
+
+    def read_value(key, text):
+        """ The value of --key=text: a string setting takes the text as it is. """
+        if type(defaults[key]) is str:
+            return text
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
             return text
 
-    def settings_of(names):
-        return {key: value for key, value in names.items()
-                if not key.startswith('_') and type(value) in (int, float, bool, str)}
+    def refuse_config_file(path):
+        folder = os.path.dirname(settings['__file__'])
+        existing = glob.glob(os.path.join(folder, 'config', '*.py'))
+        names = [os.path.join('config', os.path.basename(name)) for name in existing]
+        nearest = get_close_matches(path, names, 1, 0.5)
+        hint = '; settings are given as --key=value'
+        if nearest:
+            hint = f'; did you mean {nearest[0]}?'
+        refuse(f'config file {path!r} does not exist or does not end in .py{hint}')
 
-    defaults = settings_of(settings)
-    first_process = os.environ.get('RANK', '0') == '0'
-
-    def put(key, value, source):
-        kind = type(defaults[key])
-        if getattr(value, 'shape', None) == ():
-            value = value.item()  # a numpy number; checkpoints keep plain ones
-        if (kind, type(value)) == (float, int) or kind is int and type(value) is float and value.is_integer():
-            value = kind(value)  # 1 for a float, 6e5 for an int
-        if defaults[key] == 'auto' and value in ('True', 'False'):
-            value = value == 'True'
-        if type(value) is not kind and not (defaults[key] == 'auto' and type(value) is bool):
-            words = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}
-            refuse(f'{source}: {key} takes {words[kind]}, not {value!r}')
-        settings[key] = value
-
-    def run_file(path):
-        if not os.path.isfile(path) or not path.endswith('.py'):
-            refuse(f'no config file {path!r} (one ends in .py); settings are given as --key=value')
+    def execute(path):
+        """ Executes a config file -> its variables, the script's settings among them. """
         names = dict(settings)
         try:
-            with open(path, encoding='utf-8') as f:
-                exec(builtins.compile(f.read(), path, 'exec'), names)
+            with open(path, encoding='utf-8') as file:
+                exec(builtins.compile(file.read(), path, 'exec'), names)
         except Exception as error:
-            trace = error.__traceback__.tb_next
-            line = error.lineno if isinstance(error, SyntaxError) else trace.tb_lineno if trace else 0
-            refuse(f'{path}, line {line}: {type(error).__name__}: {getattr(error, "msg", error)}')
-        for key in (unknown := [key for key in settings_of(names) if key not in settings]):
-            if near := get_close_matches(key, [k for k in defaults if names[k] is settings[k]], 1, 0.8):
-                refuse(f'{path}: no setting {key!r}; did you mean {near[0]!r}?')
-        if unknown and first_process:
+            line = 0
+            if isinstance(error, SyntaxError):
+                line = error.lineno
+            elif error.__traceback__.tb_next is not None:
+                line = error.__traceback__.tb_next.tb_lineno
+            reason = getattr(error, 'msg', error)
+            refuse(f'{path}, line {line}: {type(error).__name__}: {reason}')
+        return names
+
+    def apply_config_file(path):
+        if not os.path.isfile(path) or not path.endswith('.py'):
+            refuse_config_file(path)
+        names = execute(path)
+        unknown = [key for key in settings_in(names) if key not in settings]
+        unchanged = [key for key in defaults if names[key] is settings[key]]
+        for key in unknown:
+            # a helper variable is fine; one that looks like a setting that the file does not set
+            # is a typo
+            nearest = get_close_matches(key, unchanged, 1, 0.8)
+            if nearest:
+                refuse(f'{path}: unknown setting {key!r}; did you mean {nearest[0]!r}?')
+        if unknown and is_master:
             print(f'{path}: ignored, not settings of this script: {", ".join(unknown)}')
         for key in defaults:
             if names[key] is not settings[key]:
                 put(key, names[key], path)
 
     def print_help():
-        """ The docstring, and the source from the first setting down to the line that exec's us. """
-        with open(settings['__file__'], encoding='utf-8') as f:
-            lines = f.read().split('configurator.py')[0].split('if __name__')[0].split('\n')[:-1]
-        first = next((i for i, line in enumerate(lines) if line.split(' = ')[0] in defaults), len(lines))
-        while first and lines[first - 1].startswith('#'):
+        """ Prints the docstring, and the source from the first setting to the last. """
+        with open(settings['__file__'], encoding='utf-8') as file:
+            source = file.read()
+        source = source.split('configurator.py')[0].split('if __name__')[0]
+        lines = source.split('\n')[:-1]
+        first = 0
+        while first < len(lines) and lines[first].split(' = ')[0] not in defaults:
+            first += 1
+        while first > 0 and lines[first - 1].startswith('#'):
             first -= 1
-        print((settings['__doc__'] or '').strip(), *lines[first:], sep='\n')
+        docstring = settings['__doc__'] or ''
+        print(docstring.strip(), *lines[first:], sep='\n')
         sys.exit(0)
 
-    for arg in sys.argv[1:]:
-        key, equals, text = arg.removeprefix('--').partition('=')
-        if arg in ('--help', '-h'):
+    def apply_argument(argument):
+        key, equals, text = argument.removeprefix('--').partition('=')
+        is_flag = argument.startswith('--')
+        if argument in ('--help', '-h'):
             print_help()
-        elif not arg.startswith('--') and not equals:
-            run_file(arg)
-        elif not arg.startswith('--') or not equals:
-            refuse(f'cannot read {arg!r}; a setting is given as --key=value')
+        elif not is_flag and not equals:
+            apply_config_file(argument)
+        elif not is_flag or not equals:
+            refuse(f'cannot read {argument!r}; a setting is given as --key=value')
         elif key not in defaults:
-            near = get_close_matches(key, defaults, 1, 0)
-            refuse(f'no setting {key!r}' + (f'; the nearest is {near[0]!r}' if near else ''))
+            nearest = get_close_matches(key, defaults, 1, 0)
+            hint = ''
+            if nearest:
+                hint = f'; did you mean {nearest[0]!r}?'
+            refuse(f'unknown setting {key!r}{hint}')
         else:
-            put(key, text if type(defaults[key]) is str else literal(text), arg)
+            put(key, read_value(key, text), argument)
 
-    changed = [f'{key} = {settings[key]!r}' for key in defaults if settings[key] != defaults[key]]
-    if changed and first_process:
-        print('overriding: ' + ', '.join(changed))
-    return list(defaults)
+    for argument in sys.argv[1:]:
+        apply_argument(argument)
+    changed = [key for key in defaults if settings[key] != defaults[key]]
+    overrides = [f'overriding: {key} = {settings[key]!r}' for key in changed if is_master]
+    return list(defaults), overrides
 
 
-config_keys = _configure(globals())
+config_keys, config_overrides = _configure(globals())

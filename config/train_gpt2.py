@@ -1,16 +1,17 @@
-# GPT-2 (124M) on OpenWebText: four days on 8 A100 of 40 GB, published val loss about 2.85.
+# GPT-2 (124M) on OpenWebText: about 4 days on 8 A100 40GB, published val loss about 2.85.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
-# 12 sequences of 1024 tokens in 40 micro-batches are 491,520 tokens an iteration, on any number of GPUs
+# 12 sequences of 1024 tokens x 40 micro-batches = 491,520 tokens per iteration, whatever the number
+# of GPUs
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
-# 300 billion tokens
+# 300 billion tokens in total
 max_iters = 600000
 lr_decay_iters = 600000
 

@@ -1,5 +1,5 @@
-# GPT-2's size (124M; 162M with a head of its own) on OpenWebText, with the recipe of the small models,
-# in a quarter of train_gpt2.py's iterations. Carried over: not run on a GPU yet, nothing is claimed for it.
+# GPT-2's size (124M; 162M with untied embeddings) on OpenWebText, with the recipe of the small
+# models, in a quarter of the iterations of train_gpt2.py. Untested: it has not been run on a GPU yet.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
 
 out_dir = 'out-gpt2-fast'
@@ -8,7 +8,8 @@ wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-fast'
 
-# 12 sequences of 1024 tokens in 40 micro-batches are 491,520 tokens an iteration, on any number of GPUs
+# 12 sequences of 1024 tokens x 40 micro-batches = 491,520 tokens per iteration, whatever the number
+# of GPUs
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
@@ -18,13 +19,13 @@ rmsnorm = True
 qk_norm = True
 untied = True
 
-muon_lr = 0.02                  # of the blocks' matrices
-learning_rate = 3e-3            # of the two tables
+muon_lr = 0.02                  # peak learning rate of the matrices in the blocks
+learning_rate = 3e-3            # peak learning rate of the token embedding and lm_head
 min_lr = 0.0
 warmup_iters = 250
 max_iters = 150000              # 74 billion tokens
-lr_decay_iters = 150000         # = max_iters
-cooldown_iters = 75000          # the second half
+lr_decay_iters = 150000         # equal to max_iters
+cooldown_iters = 75000          # linear, over the second half
 
 eval_interval = 1000
 eval_iters = 200

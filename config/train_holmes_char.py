@@ -1,11 +1,13 @@
-# A small model of the characters of The Adventures of Sherlock Holmes: minutes on one GPU. Prepare first:
+# A small character-level model of The Adventures of Sherlock Holmes: minutes on one GPU. Prepare
+# the dataset first:
 #   python data/holmes/prepare.py
-# On a CPU, in seconds: config/train_shakespeare_char_cpu_fast.py --dataset=holmes --out_dir=out-holmes
+# On a CPU, a smaller model in seconds:
+#   python train.py config/train_shakespeare_char_cpu_fast.py --dataset=holmes --out_dir=out-holmes
 
 out_dir = 'out-holmes-char'
-eval_interval = 250             # often, because a model of this size soon overfits one book
+eval_interval = 250             # often, because this model soon overfits one book
 log_interval = 10
-always_save_checkpoint = False  # only the best
+always_save_checkpoint = False  # only when val loss improves
 
 wandb_project = 'holmes-char'
 
@@ -17,11 +19,11 @@ block_size = 256
 n_layer = 6
 n_head = 6
 n_embd = 384
-dropout = 0.3                   # half as much text as Shakespeare's
+dropout = 0.3                   # more than for Shakespeare, which is twice as much text
 
-learning_rate = 1e-3            # small models bear more
+learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 3000
-lr_decay_iters = 3000           # = max_iters
-min_lr = 1e-4                   # = learning_rate / 10
-beta2 = 0.99                    # few tokens an iteration make noisy gradients: average over more of them
+lr_decay_iters = 3000           # equal to max_iters
+min_lr = 1e-4                   # learning_rate / 10
+beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more of them
 warmup_iters = 100

@@ -1,11 +1,11 @@
-# A small model of Python's own source, the dataset that needs no network, with the recipe of
-# train_shakespeare_char_cpu_fast.py. A minute on 2 CPU cores; on a GPU the same file, compiled.
+# A small character-level model of Python's own source, a dataset that needs no network: a minute on
+# 2 CPU cores. The recipe is that of train_shakespeare_char_cpu_fast.py. It also runs on a GPU.
 
 out_dir = 'out-python-char'
 eval_interval = 250
 eval_iters = 20
 log_interval = 50
-always_save_checkpoint = False  # only the best
+always_save_checkpoint = False  # only when val loss improves
 
 wandb_project = 'python-char'
 
@@ -22,11 +22,11 @@ rmsnorm = True
 qk_norm = True
 untied = True
 
-muon_lr = 0.02                  # of the blocks' matrices
-learning_rate = 6e-3            # of the two tables
-beta1 = 0.8                     # few iterations: a short memory
+muon_lr = 0.02                  # peak learning rate of the matrices in the blocks
+learning_rate = 6e-3            # peak learning rate of the token embedding and lm_head
+beta1 = 0.8                     # few iterations: average gradients over fewer of them
 max_iters = 1000
-lr_decay_iters = 1000           # = max_iters
-cooldown_iters = 700            # the last seven tenths
+lr_decay_iters = 1000           # equal to max_iters
+cooldown_iters = 700            # linear, over the last 70%
 min_lr = 3e-4
-warmup_iters = 0                # updates of Muon are of one size from the first
+warmup_iters = 0                # Muon's updates have their full size from the start

@@ -1,10 +1,11 @@
-# A small model of Shakespeare's characters: minutes on one GPU. On a CPU: train_shakespeare_char_cpu.py.
+# A small character-level model of Shakespeare: minutes on one GPU. For a CPU, see
+# train_shakespeare_char_cpu.py.
 
 out_dir = 'out-shakespeare-char'
-eval_interval = 250             # often, because a model of this size soon overfits this text
+eval_interval = 250             # often, because this model soon overfits this text
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # only the best
+always_save_checkpoint = False  # only when val loss improves
 
 wandb_log = False
 wandb_project = 'shakespeare-char'
@@ -20,9 +21,9 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3            # small models bear more
+learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 5000
-lr_decay_iters = 5000           # = max_iters
-min_lr = 1e-4                   # = learning_rate / 10
-beta2 = 0.99                    # few tokens an iteration make noisy gradients: average over more of them
+lr_decay_iters = 5000           # equal to max_iters
+min_lr = 1e-4                   # learning_rate / 10
+beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more of them
 warmup_iters = 100

@@ -1,11 +1,11 @@
-# A small model of Shakespeare's characters, for a CPU: the original's recipe, a minute or two on 2 cores.
-# train_shakespeare_char_cpu_fast.py ends at the same loss in a fifth of that, or less.
+# A small character-level model of Shakespeare for a CPU, with nanoGPT's recipe: a minute or two on
+# 2 cores. train_shakespeare_char_cpu_fast.py reaches the same loss in a fifth of that time, or less.
 
 out_dir = 'out-shakespeare-char-cpu'
 eval_interval = 250
 eval_iters = 20
 log_interval = 50
-always_save_checkpoint = False  # only the best
+always_save_checkpoint = False  # only when val loss improves
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt-cpu'
@@ -19,12 +19,12 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 
-learning_rate = 1e-3            # small models bear more
+learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 2000
-lr_decay_iters = 2000           # = max_iters
-min_lr = 1e-4                   # = learning_rate / 10
-beta2 = 0.99                    # few tokens an iteration make noisy gradients: average over more of them
+lr_decay_iters = 2000           # equal to max_iters
+min_lr = 1e-4                   # learning_rate / 10
+beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more of them
 warmup_iters = 100
 
 device = 'cpu'
-compile = False                 # takes longer than the whole run
+compile = False                 # compiling takes longer than the whole run

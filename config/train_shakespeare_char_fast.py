@@ -1,11 +1,11 @@
-# The model of train_shakespeare_char.py, with the recipe of train_shakespeare_char_cpu_fast.py, for one GPU.
-# Carried over from the small size; it has not been run on a GPU, and nothing is claimed for it.
+# A model of the size of train_shakespeare_char.py, with the recipe of
+# train_shakespeare_char_cpu_fast.py, for one GPU. Untested: it has not been run on a GPU yet.
 
 out_dir = 'out-shakespeare-char-fast'
-eval_interval = 100             # often, because a model of this size soon overfits this text
+eval_interval = 100             # often, because this model soon overfits this text
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # only the best
+always_save_checkpoint = False  # only when val loss improves
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt-fast'
@@ -24,11 +24,11 @@ rmsnorm = True
 qk_norm = True
 untied = True
 
-muon_lr = 0.02                  # of the blocks' matrices
-learning_rate = 4e-3            # of the two tables
-beta1 = 0.8                     # few iterations: a short memory
+muon_lr = 0.02                  # peak learning rate of the matrices in the blocks
+learning_rate = 4e-3            # peak learning rate of the token embedding and lm_head
+beta1 = 0.8                     # few iterations: average gradients over fewer of them
 max_iters = 1000
-lr_decay_iters = 1000           # = max_iters
-cooldown_iters = 700            # the last seven tenths
+lr_decay_iters = 1000           # equal to max_iters
+cooldown_iters = 700            # linear, over the last 70%
 min_lr = 2e-4
-warmup_iters = 0                # updates of Muon are of one size from the first
+warmup_iters = 0                # Muon's updates have their full size from the start

@@ -1,32 +1,32 @@
-# A model of Wikipedia's English in GPT-2's tokens: minutes on one GPU. Prepare first:
+# A small model of Wikipedia in GPT-2's tokens: minutes on one GPU. Prepare the dataset first:
 #   python data/wikitext2/prepare.py
-# On a CPU, a smaller one in some minutes: add
+# For a smaller model in some minutes on a CPU, add
 #   --eval_iters=20 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128
 #   --max_iters=1000 --lr_decay_iters=1000 --eval_interval=250 --dropout=0.0
-# The loss of the whole test split, at the end (with the flags above on a CPU):
+# For the loss of the whole test split after training, add (with the flags above on a CPU)
 #   --init_from=resume --eval_only=True --eval_split=test --eval_iters=-1
 
 out_dir = 'out-wikitext2'
 eval_interval = 100             # often, because a model soon overfits so little text
 eval_iters = 50
 log_interval = 10
-always_save_checkpoint = False  # only the best
+always_save_checkpoint = False  # only when val loss improves
 
 wandb_project = 'wikitext2'
 
 dataset = 'wikitext2'
 gradient_accumulation_steps = 1
 batch_size = 32
-block_size = 256                # 8,192 tokens an iteration: an epoch is some 300
+block_size = 256                # 8,192 tokens per iteration; an epoch is about 300
 
 n_layer = 6
 n_head = 6
-n_embd = 384                    # two thirds of the parameters are the table of 50,304 tokens
+n_embd = 384                    # two thirds of the parameters are the token embedding
 dropout = 0.3
 
-learning_rate = 1e-3            # small models bear more
+learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 3000
-lr_decay_iters = 3000           # = max_iters
-min_lr = 1e-4                   # = learning_rate / 10
-beta2 = 0.99                    # few tokens an iteration make noisy gradients: average over more of them
+lr_decay_iters = 3000           # equal to max_iters
+min_lr = 1e-4                   # learning_rate / 10
+beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more of them
 warmup_iters = 100

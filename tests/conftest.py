@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -19,22 +20,23 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'data')]
-torch.set_num_threads(1)  # tensors are tiny, and two threads wait for each other where the machine is busy
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # tensors are tiny, and two threads would wait for each other
 
 from model import GPT, GPTConfig  # noqa: E402
 
 CLASSIC_MODEL_ARGS = ['bias', 'block_size', 'dropout', 'n_embd', 'n_head', 'n_layer', 'vocab_size']
 
 # a model and a run so small that a step takes a millisecond or two
-SMALL = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=1,
-             eval_iters=2, eval_interval=10, max_iters=20, lr_decay_iters=20, warmup_iters=2,
-             learning_rate=1e-2, min_lr=1e-3, device='cpu', compile=False, dtype='float32')
+SMALL = dict(
+    n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=1,
+    eval_iters=2, eval_interval=10, max_iters=20, lr_decay_iters=20, warmup_iters=2,
+    learning_rate=1e-2, min_lr=1e-3, device='cpu', compile=False, dtype='float32')
 
 
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):
-    """ A character dataset of words, with a structure that a model can learn -> the path of its folder. """
+    """ A character dataset of words, with a structure that a model can learn -> its folder. """
     folder = tmp_path_factory.mktemp('data') / 'words'
     folder.mkdir()
     words = np.array(['the ', 'cat ', 'sat ', 'on ', 'a ', 'mat.\n'])
@@ -49,6 +51,38 @@ def dataset(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def other_characters(tmp_path, dataset):
+    """ The same dataset with two characters swapped in its vocabulary -> its folder. """
+    other = tmp_path / 'other'
+    shutil.copytree(dataset, other)
+    meta = pickle.loads((other / 'meta.pkl').read_bytes())
+    itos = meta['itos']
+    itos[0], itos[1] = itos[1], itos[0]
+    (other / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return other
+
+
+@pytest.fixture
+def tiny():
+    """ A small GPT of the default architecture, the same every time. """
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False)
+    return GPT(config)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """ A copy of the repository without datasets and runs -> its folder. """
+    folder = tmp_path / 'clone'
+    left_out = shutil.ignore_patterns('.*', 'out*', '*.bin', '*.pkl', '*.tmp', 'input.txt',
+                                      '__pycache__', 'wandb', 'bench_log')
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    return folder
+
+# -----------------------------------------------------------------------------
+# scripts
+
 def flags(settings):
     return [f'--{key}={value}' for key, value in settings.items()]
 
@@ -58,67 +92,65 @@ def environment():
 
 
 @cache
-def zygote():
-    process = subprocess.Popen([sys.executable, str(ROOT / 'tests/zygote.py')], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True, env=environment())
+def fork_server():
+    command = [sys.executable, str(ROOT / 'tests/fork_server.py')]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=environment())
     atexit.register(process.kill)
     return process
 
 
 def run_script(script, arguments, cwd, processes=None):
     """
-    Runs a script in `cwd`, in so many processes -> exit code, standard output, standard error. On Linux they
-    are forks of zygote.py, which start in a fraction of the time, and elsewhere torchrun's.
+    Runs a script in `cwd`, in several processes if `processes` says so. On Linux these are forks of
+    fork_server.py, which start in a fraction of the time, and elsewhere torchrun's.
+
+    Returns exit code, standard output, standard error.
     """
-    arguments = [str(ROOT / script), *map(str, arguments)]
+    command = [str(ROOT / script), *map(str, arguments)]
     if sys.platform == 'linux':
-        request = [arguments[0], arguments[1:], str(cwd), processes or 1, environment()]
-        zygote().stdin.write(json.dumps(request) + '\n')
-        zygote().stdin.flush()
-        return json.loads(zygote().stdout.readline())
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    done = subprocess.run([sys.executable, *(torchrun if processes else []), *arguments], cwd=cwd,
-                          env=environment(), capture_output=True, text=True, timeout=300)
+        server = fork_server()
+        request = [command[0], command[1:], str(cwd), processes or 1, environment()]
+        server.stdin.write(json.dumps(request) + '\n')
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+    if processes:
+        torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+        command = [*torchrun, *command]
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment(),
+                          capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
 def run(script, *args, cwd, processes=None, code=0, **settings):
-    """ run_script() with settings, which has to end with `code` -> standard output and error. """
+    """ Runs a script, which has to end with exit code `code` -> standard output and error. """
     ended, out, error = run_script(script, [*args, *flags(settings)], cwd, processes)
     assert ended == code, f'{script} {args} {settings}\n{out}\n{error}'
     return out, error
 
 
 def train(cwd, dataset, **settings):
-    """ A small training run in `cwd` -> {iteration: loss}, {iteration: (train, val loss)}, its output. """
+    """
+    A small training run in `cwd`.
+
+    Returns {iteration: loss}, {iteration: (train loss, val loss)}, and its output.
+    """
     processes = settings.pop('processes', None)
-    out, _ = run('train.py', cwd=cwd, processes=processes, **{**SMALL, 'dataset': dataset, **settings})
-    iters, steps = {}, {}
-    for line in out.splitlines():
-        word, _, rest = line.partition(' ')
-        if word == 'iter':
-            number, rest = rest.split(': loss ')
-            iters[int(number)] = float(rest.split(',')[0])
-        elif word == 'step':
-            number, rest = rest.split(': train loss ')
-            steps[int(number)] = tuple(float(part) for part in rest.split(', val loss '))
-    return iters, steps, out
-
-
-@pytest.fixture
-def other_characters(tmp_path, dataset):
-    """ The same dataset, with two characters in each other's place -> the path of its folder. """
-    other = tmp_path / 'other'
-    shutil.copytree(dataset, other)
-    meta = pickle.loads((other / 'meta.pkl').read_bytes())
-    meta['itos'][0], meta['itos'][1] = meta['itos'][1], meta['itos'][0]
-    (other / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    return other
+    settings = {**SMALL, 'dataset': dataset, **settings}
+    out, _ = run('train.py', cwd=cwd, processes=processes, **settings)
+    losses = {}
+    for number, loss in re.findall(r'^iter (\d+): loss ([^,]+),', out, re.MULTILINE):
+        losses[int(number)] = float(loss)
+    evaluations = {}
+    pattern = r'^step (\d+): train loss (\S+), val loss (\S+)$'
+    for number, train_loss, val_loss in re.findall(pattern, out, re.MULTILINE):
+        evaluations[int(number)] = (float(train_loss), float(val_loss))
+    return losses, evaluations, out
 
 
 @pytest.fixture
 def script_globals(monkeypatch, tmp_path):
-    """ script_globals('train.py', ...) runs a script in this process -> its variables and functions. """
+    """ script_globals('train.py', ...) runs a script in this process -> its global variables. """
     def execute(name, *args, **settings):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, 'argv', [name, *args, *flags(settings)])
@@ -126,19 +158,3 @@ def script_globals(monkeypatch, tmp_path):
         exec(compile((ROOT / name).read_text(), name, 'exec'), names)
         return names
     return execute
-
-
-@pytest.fixture
-def tiny():
-    """ A GPT of the default architecture, small, the same every time. """
-    torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False))
-
-
-@pytest.fixture
-def clone(tmp_path):
-    """ A copy of the repository without datasets and runs -> its folder. """
-    folder = tmp_path / 'clone'
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-        '.*', 'out*', '*.bin', '*.pkl', '*.tmp', 'input.txt', '__pycache__', 'wandb', 'bench_log'))
-    return folder

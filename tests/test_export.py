@@ -1,128 +1,272 @@
-""" Checkpoints as Hugging Face directories, read by transformers. """
-import json
+""" Checkpoints exported as Hugging Face directories, read by transformers. """
 import os
+import pickle
 
 import pytest
 import torch
+import transformers
 from conftest import SMALL, run, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bins import get_tokenizer
-from checkpoint import load_checkpoint, load_weights
+import components.huggingface
+from components.checkpoint import save_checkpoint
+from components.pretrained import find_model, load_model
+from components.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
+CHARACTERS = {'kind': 'char', 'itos': list('\n .acehmnost')}
+SETTINGS = {'dataset': 'words', 'learning_rate': 0.01}
 
 
-def ours_and_theirs(out_dir, hf_dir):
-    """ -> the GPT of a checkpoint, its record of a tokenizer, and the model and tokenizer of a directory. """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    checkpoint = load_checkpoint(out_dir / 'ckpt.pt')
-    model = GPT(GPTConfig(**checkpoint['model_args'])).eval()
-    load_weights(model, checkpoint, 'ckpt.pt')
-    return (model, checkpoint.get('tokenizer'), AutoModelForCausalLM.from_pretrained(hf_dir).eval(),
-            AutoTokenizer.from_pretrained(hf_dir))
+@pytest.fixture
+def save(tmp_path):
+    """ save(...) writes out/ckpt.pt of a small GPT -> the GPT. """
+    def write(tokenizer=CHARACTERS, config=SETTINGS, vocab_size=12, **args):
+        torch.manual_seed(0)
+        args = {'bias': False, **args}
+        model = GPT(GPTConfig(
+            block_size=16, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, **args))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        (tmp_path / 'out').mkdir()
+        save_checkpoint(tmp_path / 'out/ckpt.pt', model, {}, iter_num=20, best_val_loss=1.23456,
+                        tokenizer=tokenizer, config=config)
+        return model.eval()
+    return write
 
 
-@pytest.mark.parametrize('flags', [dict(), dict(bias=True), RECIPE], ids=str)
+@pytest.mark.parametrize('args, hf_class', [
+    pytest.param({}, 'GPT2LMHeadModel', id='classic'),
+    pytest.param(dict(bias=True), 'GPT2LMHeadModel', id='bias'),
+    pytest.param(dict(gelu='tanh'), 'GPT2LMHeadModel', id='tanh'),
+    pytest.param(RECIPE, 'NanoChatForCausalLM', id='nanochat'),
+])
 @torch.no_grad()
-def test_an_export_says_what_the_checkpoint_says(tmp_path, dataset, script_globals, flags):
-    train(tmp_path, dataset, **flags)
-    synced, fsync = set(), os.fsync
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, 'fsync', lambda fd: synced.add(os.fstat(fd).st_ino) or fsync(fd))
-        script_globals('export.py')
-    assert {path.stat().st_ino for path in (tmp_path / 'out/hf').iterdir()} <= synced
-    model, record, theirs, tokenizer = ours_and_theirs(tmp_path / 'out', tmp_path / 'out/hf')
-    config = theirs.config.to_dict()  # the other form of GELU would differ by less than the logits' tolerance
-    assert config.get('hidden_act', config.get('activation_function')) == 'gelu'
-    idx = torch.randint(model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], atol=1e-5, rtol=1e-5)
-    encode, decode, _, _ = get_tokenizer(record)
-    text = 'the cat sat.\na'
-    assert tokenizer(text).input_ids == encode(text) and tokenizer.decode(encode(text)) == text
-    with pytest.raises(Exception, match='UNK'):
-        tokenizer('xyz')
-    prompt = torch.tensor([encode('the')])
-    continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                                max_new_tokens=13)
-    assert continued.tolist() == model.generate(prompt, 13, temperature=0).tolist()
-    assert theirs.generate(prompt).shape == (1, 3 + 8)  # half a block
-    card = (tmp_path / 'out/hf/README.md').read_text()
-    assert '| learning_rate | `0.01` |' in card and ', 20 iterations on' in card
-    assert f'best validation loss {load_checkpoint(tmp_path / "out/ckpt.pt")["best_val_loss"]:.4f} ' in card
-    assert not list(tmp_path.glob('out/*.tmp'))
-    with pytest.raises(SystemExit, match='hf is there already'):
-        script_globals('export.py')
-
-
-def test_fine_tuning_an_export_takes_its_tokens(tmp_path, dataset, script_globals, other_characters):
-    train(tmp_path, dataset)
+def test_an_export_computes_what_the_checkpoint_computes(
+        tmp_path, save, script_globals, capsys, args, hf_class):
+    model = save(**args)
     script_globals('export.py')
-    _, steps, _ = train(tmp_path, dataset, init_from='out/hf', out_dir='more')
-    _, ours, _ = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='b')
-    assert steps[0] == pytest.approx(ours[0], rel=1e-3)
-    settings = {**SMALL, 'dataset': other_characters, 'init_from': 'out/hf'}
-    _, error = run('train.py', cwd=tmp_path, code=1, **settings)
-    assert 'has other tokens than out/hf' in error
+    assert f'out/hf: {hf_class}, 12 tokens, with a tokenizer' in capsys.readouterr().out
+    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path / 'out/hf')
+    assert type(hf_model).__name__ == hf_class
+    assert hf_model.dtype == torch.float32
+    idx = torch.randint(12, (3, 16), generator=torch.Generator().manual_seed(0))
+    logits, _ = model(idx, idx)
+    torch.testing.assert_close(hf_model(idx).logits, logits, atol=1e-5, rtol=1e-5)
 
 
-def test_what_transformers_cannot_express_is_refused_by_name(tmp_path, dataset, script_globals):
-    for flags, named in ((dict(rotary=True, untied=True), 'has rotary, untied and bias=False'),
-                         (dict(bias=True, **RECIPE), 'has rotary, rmsnorm, qk_norm, untied and bias=True')):
-        train(tmp_path, dataset, max_iters=1, **flags)
-        with pytest.raises(SystemExit, match=named):
-            script_globals('export.py')
-        assert not (tmp_path / 'out/hf').exists()
+def test_tokenizer_of_an_export(tmp_path, save, script_globals):
+    save()
+    script_globals('export.py')
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'out/hf')
+    text = 'the cat sat.\na'
+    ids = get_tokenizer(CHARACTERS).encode(text)
+    assert hf_tokenizer(text).input_ids == ids
+    assert hf_tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize('args', [
+    pytest.param({}, id='classic'),
+    pytest.param(RECIPE, id='nanochat'),
+])
+def test_generation_of_an_export(tmp_path, save, script_globals, args):
+    model = save(**args)
+    script_globals('export.py')
+    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path / 'out/hf')
+    prompt = torch.tensor([get_tokenizer(CHARACTERS).encode('the')])
+    mask = torch.ones_like(prompt)
+    greedy = hf_model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=13)
+    assert greedy.tolist() == model.generate(prompt, 13, temperature=0).tolist()
+    by_default = hf_model.generate(prompt, attention_mask=mask)
+    assert by_default.shape == (1, 3 + 8)  # half of block_size
+
+
+def test_model_card_of_an_export(tmp_path, save, script_globals):
+    save()
+    script_globals('export.py', hf_dir='my-model')
+    card = (tmp_path / 'my-model/README.md').read_text()
+    assert '# my-model\n' in card
+    assert ', 20 iterations on\n`words`, best validation loss 1.2346 nats' in card
+    assert '| learning_rate | `0.01` |\n' in card
 
 
 @torch.no_grad()
-def test_the_padding_of_the_vocabulary_is_cut(tmp_path, dataset, script_globals):
-    train(tmp_path, dataset, max_iters=2)
-    path = tmp_path / 'out/ckpt.pt'
-    checkpoint = torch.load(path, weights_only=True)
-    known = len(checkpoint['tokenizer']['itos'])
-    for key in ('transformer.wte.weight', 'lm_head.weight'):
-        checkpoint['model'][key] = torch.cat((checkpoint['model'][key], torch.randn(47, 16)))
-    checkpoint['model_args']['vocab_size'] = known + 47
-    torch.save(checkpoint, path)
-    script_globals('export.py', hf_dir='elsewhere')
-    model, _, theirs, _ = ours_and_theirs(tmp_path / 'out', tmp_path / 'elsewhere')
-    idx = torch.arange(known)[None]
-    torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0][..., :known], atol=1e-5, rtol=1e-5)
+def test_padding_of_the_vocabulary_is_left_out(tmp_path, save, script_globals):
+    model = save(vocab_size=64)
+    script_globals('export.py')
+    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path / 'out/hf')
+    idx = torch.arange(12)[None]
+    logits, _ = model(idx, idx)
+    torch.testing.assert_close(hf_model(idx).logits, logits[..., :12], atol=1e-5, rtol=1e-5)
 
 
-def test_the_round_trip_from_hugging_face_and_back(tmp_path, script_globals, clone):
-    """ A GPT-2 directory with a tokenizer of its own: text, fine-tuning, samples, and an export. """
-    import tokenizers
-    import transformers
+def test_export_without_a_tokenizer(tmp_path, save, script_globals, capsys):
+    """ A meta.pkl that has nothing but a size, as of tokens that are not text. """
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 12}))
+    save(tokenizer=None, config={'dataset': str(tmp_path)})
+    script_globals('export.py')
+    assert '12 tokens, without a tokenizer' in capsys.readouterr().out
+    assert not (tmp_path / 'out/hf/tokenizer.json').exists()
+
+
+# -----------------------------------------------------------------------------
+# the directory is whole or absent
+
+def test_export_is_flushed_to_the_disk(tmp_path, save, script_globals, monkeypatch):
+    flushed = set()
+    fsync = os.fsync
+
+    def recording_fsync(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    save()
+    monkeypatch.setattr(os, 'fsync', recording_fsync)
+    script_globals('export.py')
+    files = list((tmp_path / 'out/hf').iterdir())
+    assert len(files) >= 5
+    assert {path.stat().st_ino for path in files} <= flushed
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, save, script_globals, monkeypatch):
+    def full_disk(*args):
+        raise OSError('No space left on device')
+
+    save()
+    monkeypatch.setattr(components.huggingface, 'to_tokenizer', full_disk)
+    with pytest.raises(SystemExit, match='export.py: No space left'):
+        script_globals('export.py')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['ckpt.pt']
+
+
+def test_wrong_logits_are_not_exported(tmp_path, save, script_globals, monkeypatch):
+    to_gpt2 = components.huggingface.to_gpt2
+
+    def wrong_conversion(model, *args):
+        hf_model = to_gpt2(model, *args)
+        hf_model.transformer.h[0].ln_1.weight.data += 1
+        return hf_model
+
+    save()
+    monkeypatch.setattr(components.huggingface, 'to_gpt2', wrong_conversion)
+    with pytest.raises(AssertionError, match='the logits differ by'):
+        script_globals('export.py')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['ckpt.pt']
+
+
+def test_an_interrupted_export_is_replaced(tmp_path, save, script_globals):
+    save()
+    (tmp_path / 'out/hf.tmp').mkdir()
+    (tmp_path / 'out/hf.tmp/old').write_text('')
+    script_globals('export.py')
+    assert not (tmp_path / 'out/hf.tmp').exists()
+    assert not (tmp_path / 'out/hf/old').exists()
+
+
+# -----------------------------------------------------------------------------
+# what cannot be exported
+
+def test_an_existing_directory_is_kept(tmp_path, save, script_globals, capsys):
+    save()
+    (tmp_path / 'out/hf').mkdir()
+    with pytest.raises(SystemExit, match='out/hf exists'):
+        script_globals('export.py')
+    assert not list((tmp_path / 'out/hf').iterdir())
+    assert 'overriding' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('args, names', [
+    pytest.param(dict(rotary=True, untied=True), 'rotary, untied and bias=False', id='part'),
+    pytest.param(dict(bias=True, **RECIPE), 'untied and bias=True', id='bias'),
+])
+def test_unsupported_architecture(tmp_path, save, script_globals, args, names):
+    save(**args)
+    with pytest.raises(SystemExit, match=names):
+        script_globals('export.py')
+    assert not (tmp_path / 'out/hf').exists()
+
+
+def test_a_tokenizer_larger_than_the_model(tmp_path, save, script_globals):
+    save(tokenizer={'kind': 'char', 'itos': list('abcdefghijklm')})
+    with pytest.raises(SystemExit, match='tokenizer has 13 tokens.* 12'):
+        script_globals('export.py')
+    assert not (tmp_path / 'out/hf').exists()
+
+
+def test_export_of_a_dataset_that_is_gone(save, script_globals):
+    save(tokenizer=None, config={'dataset': 'gone'})
+    with pytest.raises(SystemExit, match='dataset=gone; run its prepare.py'):
+        script_globals('export.py')
+
+
+def test_export_without_a_checkpoint(script_globals):
+    with pytest.raises(SystemExit, match='nowhere/ckpt.pt'):
+        script_globals('export.py', out_dir='nowhere')
+
+
+# -----------------------------------------------------------------------------
+# through the scripts
+
+@pytest.mark.slow
+def test_fine_tuning_an_export(tmp_path, dataset, other_characters):
+    train(tmp_path, dataset)
+    out, _ = run('export.py', cwd=tmp_path, hf_dir='hf')
+    assert "overriding: hf_dir = 'hf'" in out
+    _, of_export, _ = train(tmp_path, dataset, init_from='hf', out_dir='a')
+    _, of_checkpoint, _ = train(tmp_path, dataset, init_from='out/ckpt.pt', out_dir='b')
+    assert of_export[0] == pytest.approx(of_checkpoint[0], rel=1e-3)
+
+    settings = {**SMALL, 'dataset': other_characters, 'init_from': 'hf'}
+    _, error = run('train.py', cwd=tmp_path, code=1, **settings)
+    assert 'has other tokens than hf' in error
+
+
+def make_hugging_face_directory(folder, text):
+    """ A GPT-2 with a tokenizer of its own -> the tokenizer. """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=['<end>'],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator([text], trainer)
+    hf_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<end>')
+    hf_tokenizer.save_pretrained(folder)
+    config = transformers.GPT2Config(
+        vocab_size=len(hf_tokenizer), n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return hf_tokenizer
+
+
+@pytest.mark.slow
+def test_round_trip_from_hugging_face_and_back(tmp_path, clone):
+    """ Text in the tokens of a Hugging Face directory, fine-tuning, samples, and an export. """
     text = 'The cat sat on the mat. The dog sat on the cat. Où est le chat? ' * 400
     (tmp_path / 'my.txt').write_text(text)
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=['<end>'],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<end>')
-    tokenizer.save_pretrained(tmp_path / 'hf')
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=2,
-                                     n_head=2)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'hf')
-    run(clone / 'data/custom/prepare.py', cwd=tmp_path, source='my.txt', name='mine', tokenizer='hf')
+    hf_tokenizer = make_hugging_face_directory(tmp_path / 'hf', text)
+    prepare = clone / 'data/custom/prepare.py'
+    run(prepare, cwd=tmp_path, source='my.txt', name='mine', tokenizer='hf')
     settings = {**SMALL, 'dataset': clone / 'data/mine', 'block_size': 32, 'init_from': 'hf'}
-    out, _ = run('train.py', cwd=tmp_path, **settings)
-    assert 'starting from the weights of hf' in out
-    asked = dict(start='The cat', num_samples=2, max_new_tokens=20, device='cpu')
-    samples, _ = run('sample.py', cwd=tmp_path, **asked)
+    run('train.py', cwd=tmp_path, **settings)
+    sampling = dict(start='The cat', num_samples=2, max_new_tokens=20, device='cpu')
+    samples, _ = run('sample.py', cwd=tmp_path, **sampling)
     assert samples.count('The cat') >= 2
+
     run('export.py', cwd=tmp_path)
-    model, record, theirs, again = ours_and_theirs(tmp_path / 'out', tmp_path / 'out/hf')
-    assert model.config.gelu == 'tanh' and json.loads(record['json']) and again.eos_token == '<end>'
-    assert theirs.generation_config.eos_token_id == again.eos_token_id == record['end']  # it can stop
-    assert again.model_max_length == 32
-    idx = torch.tensor([again('The cat sat. Où').input_ids])
-    assert idx.tolist() == [tokenizer('The cat sat. Où').input_ids]
+    model, _ = load_model(find_model('resume', tmp_path / 'out'))
+    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path / 'out/hf')
+    exported_tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'out/hf')
+    assert model.config.gelu == 'tanh'
+    end_of_text = hf_tokenizer.eos_token_id
+    assert exported_tokenizer.eos_token_id == end_of_text
+    assert hf_model.generation_config.eos_token_id == end_of_text  # generation can stop
+    assert exported_tokenizer.model_max_length == 32
+    ids = exported_tokenizer('The cat sat. Où').input_ids
+    assert ids == hf_tokenizer('The cat sat. Où').input_ids
+    idx = torch.tensor([ids])
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], atol=1e-5, rtol=1e-5)
-    samples, _ = run('sample.py', cwd=tmp_path, init_from='out/hf', **asked)
+        logits, _ = model(idx, idx)
+        torch.testing.assert_close(hf_model(idx).logits, logits, atol=1e-5, rtol=1e-5)
+    samples, _ = run('sample.py', cwd=tmp_path, init_from='out/hf', **sampling)
     assert samples.count('The cat') >= 2

@@ -1,9 +1,11 @@
 """
 Your own text: python data/custom/prepare.py --source=notes/ --name=notes
 
-Source: .txt, a document each; .jsonl and .parquet, with a document in each row's text; in order of name.
-Split: of one document, the last characters are val; of many, some, drawn by numpy's default_rng(2357).
-Tokens: an end-of-text after each document, where the tokenizer has one.
+Source: .txt files, each a document; .jsonl and .parquet files, a document in each row's `text`;
+sorted by path.
+Split: of one document, the last characters for validation; of several, some documents, chosen by
+numpy.random.default_rng(2357).
+Tokens: an end-of-text token after each document, if the tokenizer has one.
 """
 import os
 import sys
@@ -12,50 +14,120 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from bins import DATA, hf_record  # noqa: E402
-from texts import find_texts, preparing, read_texts, survey, write_bins  # noqa: E402
+ROOT = FOLDER.parents[1]
+sys.path.insert(0, str(ROOT))
 
-source = ''         # a file or a folder of .txt, .jsonl, .parquet
-name = 'custom'     # the bins go to data/<name>/
-tokenizer = 'gpt2'  # gpt2; char: one token for each character in the text; or a Hugging Face directory
-val_fraction = 0.1  # what is held out
+from components.errors import UserError, one_line_errors  # noqa: E402
+from components.text_sources import (  # noqa: E402
+    END_OF_DOCUMENT,
+    count_texts,
+    find_files,
+    read_files,
+)
+from components.text_to_bins import preparing, write_bins  # noqa: E402
+from components.tokenizer import DATA_DIR, get_tokenizer, hf_record  # noqa: E402
+
+source = ''         # a file or a folder of .txt, .jsonl and .parquet files
+name = 'custom'     # the bins are written to data/<name>/
+tokenizer = 'gpt2'  # 'gpt2'; 'char' for a token per character; or a Hugging Face directory
+val_fraction = 0.1  # part of the text that is held out for validation
 # -----------------------------------------------------------------------------
+
+
+def check_settings(folder):
+    if not source:
+        raise UserError('no text to read; set --source=FILE_OR_FOLDER')
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction} must be between 0 and 1')
+    parent = Path(os.path.normpath(folder)).parent
+    if parent != DATA_DIR and not os.path.isabs(name):
+        raise UserError(f'name={name!r} must be the name of a folder in data/, or an absolute path')
+    if folder != FOLDER and (folder / 'prepare.py').exists():
+        raise UserError(f'{folder} belongs to another prepare.py; choose another --name')
+    if tokenizer not in ('gpt2', 'char') and not os.path.isdir(tokenizer):
+        raise UserError(f'tokenizer={tokenizer!r} must be gpt2, char, or a Hugging Face directory')
+
+
+def make_record(characters):
+    """ The record of the tokenizer for a text of these characters. """
+    if tokenizer == 'gpt2':
+        return {'kind': 'gpt2'}
+    if tokenizer == 'char':
+        return {'kind': 'char', 'itos': sorted(characters)}
+    record = hf_record(tokenizer)
+    encode = get_tokenizer(record).encode
+    for character in sorted(characters):
+        if not character.isspace() and not encode(character):
+            raise UserError(f'{tokenizer} has no token for {character!r}; it would be lost')
+    return record
+
+
+def split_documents(paths, num_documents):
+    """ The splits of several documents: some for validation, at random, in their order. """
+    num_val = max(1, round(num_documents * val_fraction))
+    permutation = np.random.default_rng(2357).permutation(num_documents)
+    is_val = np.zeros(num_documents, dtype=bool)
+    is_val[permutation[:num_val]] = True
+
+    def choose(is_chosen):
+        number = 0
+        for text in read_files(paths):
+            if is_chosen[number]:
+                yield text
+            if text is END_OF_DOCUMENT:
+                number += 1
+
+    return {'train': choose(~is_val), 'val': choose(is_val)}
+
+
+def split_characters(paths, num_characters):
+    """ The splits of one document: its last characters, and its end, for validation. """
+    num_train = int(num_characters * (1 - val_fraction))
+
+    def train():
+        rest = num_train
+        for text in read_files(paths):
+            if text is not END_OF_DOCUMENT:
+                yield text[:rest]
+                rest -= min(rest, len(text))
+
+    def val():
+        skip = num_train
+        for text in read_files(paths):
+            if text is END_OF_DOCUMENT:
+                yield text
+            else:
+                yield text[skip:]
+                skip -= min(skip, len(text))
+
+    return {'train': train(), 'val': val()}
+
+
+def print_next_command():
+    flags = f'--dataset={name} --out_dir=out-{Path(name).name}'
+    print(f'to train a model: python train.py config/train_custom.py {flags}')
+    has_model = os.path.exists(os.path.join(tokenizer, 'config.json'))
+    if tokenizer == 'gpt2' or has_model:
+        flags = f'--init_from={tokenizer} {flags}'
+        print(f'to fine-tune {tokenizer}: python train.py config/finetune_shakespeare.py {flags}')
+
+
 if __name__ == '__main__':
-    exec((FOLDER.parents[1] / 'configurator.py').read_text())
+    exec((ROOT / 'configurator.py').read_text())
 
-    def texts_of(split):
-        number = at = 0  # document, character
-        for path in paths:
-            for text in read_texts(path):
-                if documents > 1:
-                    if held_out[number] == (split == 'val'):
-                        yield text
-                elif text is not None:
-                    yield text[:max(0, cut - at)] if split == 'train' else text[max(0, cut - at):]
-                    at += len(text)
-                elif split == 'val':
-                    yield text
-                number += text is None
+    folder = DATA_DIR / name
+    with one_line_errors():
+        check_settings(folder)
+    for line in config_overrides:  # noqa: F821
+        print(line)
 
-    folder = DATA / name
     with preparing(folder):
-        for broken, message in (
-            (not source or not 0 < val_fraction < 1,
-             f'set --source=FILE_OR_FOLDER, and val_fraction={val_fraction} between 0 and 1'),
-            (Path(os.path.normpath(folder)).parent != DATA and not os.path.isabs(name),
-             f'name={name!r} is no name of a folder'),
-            (folder != FOLDER and (folder / 'prepare.py').exists(), f'{name} is taken; give another --name'),
-            (tokenizer not in ('gpt2', 'char') and not os.path.isdir(tokenizer),
-             f'tokenizer={tokenizer!r} must be gpt2, char, or a Hugging Face directory'),
-        ):
-            if broken:
-                raise ValueError(message)
-        record = {'kind': tokenizer} if tokenizer in ('gpt2', 'char') else hf_record(tokenizer)
-        paths = find_texts(source, '.txt', '.jsonl', '.parquet')
-        documents, characters, known = survey(paths, record)
-        record |= {'itos': sorted(known)} if tokenizer == 'char' else {}
-
-        cut, n = int(characters * (1 - val_fraction)), max(1, round(documents * val_fraction))
-        held_out = np.isin(np.arange(documents), np.random.default_rng(2357).permutation(documents)[:n])
-        write_bins(folder, {'train': texts_of('train'), 'val': texts_of('val')}, record, characters)
+        paths = find_files(source, ('.txt', '.jsonl', '.parquet'))
+        stats = count_texts(paths)
+        record = make_record(stats.characters)
+        if stats.num_documents > 1:
+            splits = split_documents(paths, stats.num_documents)
+        else:
+            splits = split_characters(paths, stats.num_characters)
+        write_bins(folder, splits, record, stats.num_characters)
+        print_next_command()

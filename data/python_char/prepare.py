@@ -1,11 +1,11 @@
 """
-The Python that runs this, character by character: a dataset that needs no network.
+The source of Python's standard library, one token a character: a dataset that needs no network.
 
-Source: the .py files of Python's standard library as it is installed here (PSF licence), sorted by
-relative path, at most 12 MB. Tests are left out, and so are files with anything but the newline and
-the 95 printable characters of ASCII; these 96 are the vocabulary.
+Source: the .py files of the Python that runs this script (PSF license), sorted by relative path, at
+most 12 million characters. The vocabulary is the newline and the 95 printable characters of ASCII.
+Tests and files with other characters are left out.
 Split: the first 90% of the characters for training, the last 10% for validation.
-Should measure: about 11 million characters, more or fewer from one Python version to the next.
+Expected: about 11 million characters; the number differs between versions of Python.
 """
 import platform
 import sys
@@ -14,35 +14,52 @@ from hashlib import sha256
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent)]
-from texts import preparing, write_bins  # noqa: E402
+ROOT = FOLDER.parents[1]
+sys.path.insert(0, str(ROOT))
 
+from components.errors import UserError  # noqa: E402
+from components.text_to_bins import preparing, write_bins  # noqa: E402
+
+VOCABULARY = ['\n', *map(chr, range(32, 127))]
+EXCLUDED_FOLDERS = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
+MAX_CHARACTERS = 12_000_000
 # -----------------------------------------------------------------------------
-if __name__ == '__main__':
-    exec((FOLDER.parents[1] / 'configurator.py').read_text())
 
-    vocabulary = '\n' + ''.join(map(chr, range(32, 127)))
-    left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
-    most = 12_000_000
+
+def find_source_files(library):
+    """ The paths of the .py files in the folder `library`, relative to it, sorted. """
+    paths = [path.relative_to(library) for path in library.rglob('*.py')]
+    return sorted(path.as_posix() for path in paths if not EXCLUDED_FOLDERS & set(path.parts))
+
+
+def read_source_files(library, paths):
+    """ The texts of the files that have only characters of VOCABULARY, up to MAX_CHARACTERS. """
+    texts = []
+    num_characters = 0
+    for path in paths:
+        text = (library / path).read_text(encoding='utf-8', errors='replace')
+        if not set(text) <= set(VOCABULARY):
+            continue
+        num_characters += len(text)
+        if num_characters > MAX_CHARACTERS:
+            break
+        texts.append(text)
+    return texts
+
+
+if __name__ == '__main__':
+    exec((ROOT / 'configurator.py').read_text())
 
     with preparing(FOLDER):
         library = Path(sysconfig.get_path('stdlib'))
-        paths = [path.relative_to(library) for path in library.rglob('*.py')]
-        paths = sorted(path.as_posix() for path in paths if not left_out & set(path.parts))
-        texts, size = [], 0
-        for path in paths:
-            text = (library / path).read_text(encoding='utf-8', errors='replace')  # line ends become newlines
-            if not set(text) <= set(vocabulary):
-                continue
-            if size + len(text) > most:
-                break
-            texts.append(text)
-            size += len(text)
+        paths = find_source_files(library)
+        texts = read_source_files(library, paths)
+        if not texts:
+            raise UserError(f'this Python has no source files in {library}')
         text = ''.join(texts)
-        cut = int(size * 0.9)
-        if not text:
-            raise ValueError(f'this Python has no source files under {library}')
         print(f'Python {platform.python_version()}: {len(texts):,} of {len(paths):,} files')
         print(f'SHA-256 of the text: {sha256(text.encode()).hexdigest()}')
-        write_bins(FOLDER, {'train': [text[:cut]], 'val': [text[cut:]]},
-                   {'kind': 'char', 'itos': list(vocabulary)}, size)
+
+        num_train = int(len(text) * 0.9)
+        splits = {'train': [text[:num_train]], 'val': [text[num_train:]]}
+        write_bins(FOLDER, splits, {'kind': 'char', 'itos': VOCABULARY}, len(text))

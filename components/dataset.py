@@ -1,0 +1,113 @@
+"""
+A dataset of token ids: data/<dataset>/train.bin and val.bin, each one stream of little-endian
+uint16.
+
+Not here: tokenizers and meta.pkl (tokenizer.py), how texts become bins (text_to_bins.py), which
+windows an iteration reads (train.py).
+"""
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from components.device import use_device
+from components.errors import UserError
+from components.tokenizer import DATA_DIR
+
+
+def open_bin(dataset, split, block_size, vocab_size):
+    """
+    Opens a split of a dataset.
+
+    Raises UserError, with the command to run, if the file is missing, is too short for a window,
+    or holds tokens outside the vocabulary (by a sample).
+
+    Returns its token ids: uint16 (N,), mapped from the disk, read-only.
+    """
+    path = DATA_DIR / dataset / f'{split}.bin'
+    how_to_prepare = preparation_hint(dataset)
+    if not path.exists():
+        raise UserError(f'{path} does not exist{other_splits(path.parent)}; {how_to_prepare}')
+    size = path.stat().st_size
+    if size < 4 or size % 2 != 0:
+        raise UserError(f'{path}: {size:,} bytes are not uint16 tokens; {how_to_prepare}')
+    num_tokens = size // 2
+    if num_tokens < block_size + 1:
+        raise UserError(f'{path} holds {num_tokens:,} tokens, too few for block_size={block_size}; '
+                        f'at most --block_size={num_tokens - 1}')
+    ids = np.asarray(np.memmap(path, dtype='<u2', mode='r'))
+    if looks_like_wider_integers(ids):
+        raise UserError(f'{path} holds tokens of 32 or 64 bits instead of uint16; {how_to_prepare}')
+    largest = largest_id(ids)
+    if largest >= vocab_size:
+        raise UserError(f'{path} holds token {largest}, outside of a vocabulary of {vocab_size}; '
+                        f'{how_to_prepare}')
+    return ids
+
+
+def preparation_hint(dataset):
+    """ The command that prepares a dataset, or the names of the datasets that exist. """
+    available = sorted(script.parent.name for script in DATA_DIR.glob('*/prepare.py'))
+    prepared = sorted(bin_file.parent.name for bin_file in DATA_DIR.glob('*/train.bin'))
+    if dataset in available:
+        hint = f'run: python data/{dataset}/prepare.py'
+    else:
+        hint = f'datasets with a prepare.py: {", ".join(available)}'
+    if prepared:
+        hint += f'; already prepared: {", ".join(prepared)}'
+    return hint
+
+
+def other_splits(folder):
+    """ For messages: the bins that a dataset has. """
+    names = sorted(path.name for path in folder.glob('*.bin'))
+    if not names:
+        return ''
+    return f', but {", ".join(names)} does'
+
+
+def looks_like_wider_integers(ids):
+    """ Whether every second value at the beginning is 0, as in a file of uint32. """
+    lower_halves = ids[:2048:2]
+    upper_halves = ids[1:2048:2]
+    return bool(lower_halves.any()) and not upper_halves.any()
+
+
+def largest_id(ids):
+    """ The largest token id in 64 samples of 1024 tokens; a large file would take minutes. """
+    starts = np.linspace(0, len(ids) - 1, 64, dtype=np.int64)
+    return max(int(ids[start:start + 1024].max()) for start in starts)
+
+
+def gather_windows(ids, starts, block_size):
+    """
+    Windows of a dataset with one token more, which is the last one's target.
+
+    Args:
+        ids: (N,)
+        starts: (B,)
+
+    Returns: int64 (B, block_size + 1)
+    """
+    offsets = np.arange(block_size + 1)
+    return ids[starts[:, None] + offsets].astype(np.int64)
+
+
+def prefetch(load, calls, device, dtype):
+    """
+    Yields load(*arguments) for each of `calls`, in order. A thread loads the next batch while the
+    caller computes with the one before.
+
+    Args:
+        load: a function that returns a batch
+        calls: an iterable of its arguments, which may be infinite
+        device, dtype: which the thread prepares to use
+    """
+    with ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype)) as thread:
+        upcoming = None
+        for arguments in calls:
+            current = upcoming
+            upcoming = thread.submit(load, *arguments)
+            if current is not None:
+                yield current.result()
+        if upcoming is not None:
+            yield upcoming.result()

@@ -1,0 +1,261 @@
+"""
+The device: which one, in which dtype, compiled or not; its peak FLOP/s and its free memory.
+
+Not here: processes (distributed.py) and what a model computes (model.py).
+"""
+import ctypes
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from components.errors import UserError
+
+# dense 16-bit FLOP/s with float32 accumulation, from the makers' data sheets; the first match
+# counts
+GPU_PEAKS = {
+    'B200': 2250e12,
+    'GH200': 989e12,
+    'H200 NVL': 836e12,
+    'H200': 989e12,
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'H100': 989e12,
+    'A100': 312e12,
+    'A10G': 70e12,
+    'A10': 125e12,
+    'L40S': 362e12,
+    'L4': 121e12,
+    'V100-PCIE': 112e12,
+    'V100': 125e12,
+    'T4': 65e12,
+}
+
+# -----------------------------------------------------------------------------
+# what this machine can do
+
+def has_fbgemm(device_type):
+    """ Whether linear layers with float16 or int8 weights have a kernel on this device. """
+    return device_type == 'cpu' and 'fbgemm' in torch.backends.quantized.supported_engines
+
+
+def has_bfloat16():
+    """ Whether this CPU multiplies in bfloat16, about twice as fast as in float32. """
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
+
+
+def has_compiler():
+    """ Whether a C++ compiler is installed, which torch.compile requires. """
+    names = ['cl'] if os.name == 'nt' else ['c++', 'g++', 'clang++']
+    names.append(os.environ.get('CXX', ''))
+    return any(shutil.which(name) for name in names)
+
+
+def device_count(device_type):
+    """ How many devices of this type the machine has. """
+    if device_type == 'cuda':
+        return torch.cuda.device_count()
+    if device_type == 'mps':
+        return int(torch.backends.mps.is_available())
+    return 1
+
+
+def free_memory(device_type):
+    """ Free memory of the device in bytes; 4 GiB where the system does not tell. """
+    if device_type == 'cuda':
+        free, _ = torch.cuda.mem_get_info()
+        return free
+    try:
+        with open('/proc/meminfo') as file:
+            available = re.search(r'MemAvailable: *(\d+) kB', file.read())
+        return 1024 * int(available[1])
+    except (OSError, TypeError):
+        return 4 * 2**30
+
+# -----------------------------------------------------------------------------
+# the choice
+
+def choose_device(device='auto', dtype='auto', compile='auto', training=True):
+    """
+    Replaces each 'auto' by the best choice on this machine.
+
+    Args:
+        training: False selects the dtype for weights that are only read
+
+    Returns:
+        device, dtype, compile: two strings and a bool
+
+    Raises UserError for a device that this machine does not have, and for unknown names.
+    """
+    if device == 'auto':
+        device = default_device()
+    device_type, _, index = str(device).partition(':')
+    index_is_number = index == '' or index.isdigit()
+    if device_type not in ('cpu', 'cuda', 'mps') or not index_is_number:
+        raise UserError(f"device={device!r} must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    index = int(index or 0)
+    count = device_count(device_type)
+    if index >= count:
+        raise UserError(f'device={device} is not available: this machine has {count} {device_type} '
+                        'devices; --device=auto selects one')
+
+    if dtype == 'auto':
+        dtype = default_dtype(device_type, index, training)
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
+
+    if compile == 'auto':
+        compile = training and can_compile(device_type, index)
+    if compile not in (True, False):
+        raise UserError(f"compile={compile!r} must be 'auto', True or False")
+    return device, dtype, compile
+
+
+def default_device():
+    """ CUDA, else MPS, else the CPU. """
+    if torch.cuda.is_available():
+        return 'cuda'
+    if torch.backends.mps.is_available():
+        return 'mps'
+    return 'cpu'
+
+
+def default_dtype(device_type, index, training):
+    """ A 16-bit dtype where the device computes in it natively, else float32. """
+    if device_type == 'cuda':
+        is_ampere_or_newer = torch.cuda.get_device_capability(index) >= (8, 0)
+        return 'bfloat16' if is_ampere_or_newer else 'float16'
+    if not training and has_fbgemm(device_type):
+        return 'float16'
+    if device_type == 'cpu' and has_bfloat16():
+        return 'bfloat16'
+    return 'float32'
+
+
+def can_compile(device_type, index):
+    """ Whether torch.compile pays: on a GPU that Triton supports, with a compiler installed. """
+    if device_type != 'cuda' or not has_compiler() or find_spec('triton') is None:
+        return False
+    return torch.cuda.get_device_capability(index) >= (7, 0)
+
+
+def use_device(device, dtype):
+    """
+    Prepares this thread to compute on `device`.
+
+    Returns the context manager in which a model computes in `dtype`.
+    """
+    device_type = device.partition(':')[0]
+    if device_type == 'cuda':
+        torch.cuda.set_device(torch.device(device).index or 0)
+        torch.set_float32_matmul_precision('high')  # allows TF32 for what stays in float32
+    if device_type == 'cpu':
+        keep_freed_memory()
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(device_type, getattr(torch, dtype))
+
+
+def keep_freed_memory():
+    """
+    Tells glibc to keep memory that a training step frees for the next step. By default it is
+    returned to the system and requested again: over a thousand page faults in each step of a small
+    model.
+    """
+    if sys.platform != 'linux':
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, 'mallopt'):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of malloc.h
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # blocks up to 32 MB come from the heap,
+    libc.mallopt(M_TRIM_THRESHOLD, 2**30)  # of which up to 1 GB may stay free
+
+# -----------------------------------------------------------------------------
+# synchronization and speed
+
+def synchronize(device_type):
+    """ Waits until the device has computed everything that was submitted. """
+    if device_type == 'cuda':
+        torch.cuda.synchronize()
+    elif device_type == 'mps':
+        torch.mps.synchronize()
+
+
+class HostCopy:
+    """
+    A copy of a tensor on the host that is started now and read later. On CUDA the copy runs beside
+    the computation, and only reading it waits.
+    """
+
+    def __init__(self, tensor):
+        self.event = None
+        if tensor.device.type != 'cuda':
+            self.copy = tensor
+            return
+        self.copy = torch.empty_like(tensor, device='cpu', pin_memory=True)
+        self.copy.copy_(tensor, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def tolist(self):
+        """ Waits for the copy, and returns its values as a list. """
+        if self.event is not None:
+            self.event.synchronize()
+        return self.copy.tolist()
+
+
+@cache
+def peak_flops(device_type, dtype):
+    """
+    The peak of the device in `dtype`, which MFU is measured against.
+
+    Returns:
+        FLOP/s, and where the figure is from: the data sheet of a known GPU in 16 bits, otherwise
+        the fastest of several matrix products.
+    """
+    if device_type == 'cuda' and dtype != 'float32':
+        gpu = torch.cuda.get_device_name()
+        for name, peak in GPU_PEAKS.items():
+            if re.search(rf'\b{name}\b', gpu) and 'MIG' not in gpu:
+                return peak, f"{gpu}'s data sheet"
+    return measure_peak(device_type, dtype), 'a measured matrix product'
+
+
+def measure_peak(device_type, dtype):
+    """
+    FLOP/s of the fastest matrix product. Larger matrices come nearer to the peak, so the size
+    doubles until a product takes 10 ms; half a second in all. The best of many short products
+    counts, because other programs on the machine interrupt some of them.
+    """
+    best = 0.0
+    n = 128
+    seconds = 0.0
+    while n <= 8192 and seconds < 0.01:
+        a = torch.randn(n, n, device=device_type, dtype=getattr(torch, dtype))
+        seconds = fastest_product(a)
+        best = max(best, 2 * n**3 / seconds)
+        n *= 2
+    return best
+
+
+def fastest_product(a):
+    """ Seconds of the fastest of 5 to 50 products a @ a, for 50 ms where these are short. """
+    fastest = float('inf')
+    total = 0.0
+    for repetition in range(50):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        seconds = time.perf_counter() - start
+        fastest = min(fastest, seconds)
+        total += seconds
+        if repetition >= 4 and total > 0.05:
+            break
+    return fastest

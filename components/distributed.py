@@ -1,0 +1,102 @@
+"""
+The processes of a job that torchrun started: how they find each other, agree, and shut down.
+
+Not here: what each of them computes (train.py); signals (signals.py).
+"""
+import os
+import sys
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from components.errors import UserError
+
+
+class Job(NamedTuple):
+    """ A start of torchrun. """
+    name: str = ''           # random; the same in all processes, and after --max-restarts
+    restarted: bool = False  # whether torchrun has started the processes again after one failed
+
+
+def choose_backend(backend, device_type):
+    """ Replaces 'auto' by NCCL on CUDA where torch has it, else Gloo. """
+    if backend != 'auto':
+        return backend
+    if device_type == 'cuda' and dist.is_nccl_available():
+        return 'nccl'
+    return 'gloo'
+
+
+def init_process_group(backend, rank, world_size, dtype):
+    """
+    Joins the other processes of the job.
+
+    Raises UserError where this machine selected another `dtype` than the first one: float16
+    gradients are scaled, and the sum with others would be wrong.
+
+    Returns a Job.
+    """
+    restart_count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    job_store, _, _ = next(dist.rendezvous('env://'))
+    # torchrun keeps this store over its restarts: the first process to come names the job
+    name = job_store.compare_set('job', '', os.urandom(16).hex()).decode()
+    # the addresses of processes that have ended stay under their own prefix
+    store = dist.PrefixStore(restart_count, job_store)
+    if rank == 0:
+        store.set('dtype', dtype)
+    master_dtype = store.get('dtype').decode()
+    if dtype != master_dtype:
+        raise UserError(f'dtype={dtype} on this machine and {master_dtype} on the first; set one '
+                        '--dtype for all machines')
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return Job(name, restart_count != '0')
+
+
+def broadcast(value):
+    """ The first process's `value`, which can be pickled, in all processes. """
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def all_reduce_sum(tensor):
+    """ Adds a tensor up over all processes, in place, and returns it. """
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def warm_up_ddp_buckets(model, x, y, autocast):
+    """
+    Runs one backward pass and drops its gradients. After its first backward pass DDP rebuilds its
+    buckets, and with them the order of its sums: a resumed run must begin with the order that the
+    interrupted one had.
+    """
+    with autocast:
+        _, loss = model(x, y)
+    loss.backward()
+    model.zero_grad()
+
+
+def shut_down(exit_code, message=''):
+    """
+    Ends this process, after printing an error message if there is one.
+
+    One of several processes waits for the others first, because torchrun kills the rest, even
+    within a save, once one has ended with an error. It skips Python's own shutdown, in which
+    Gloo's threads sometimes abort.
+    """
+    if message:
+        print(message, file=sys.stderr)
+    if 'wandb' in sys.modules:
+        sys.modules['wandb'].finish()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    if exit_code != 0:
+        sys.exit(exit_code)

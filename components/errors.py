@@ -1,0 +1,98 @@
+"""
+Errors that a user can put right, in one line; for every other error a hint below its traceback.
+
+Not here: the rules for settings (settings.py). Imports nothing of ours.
+"""
+import os
+import re
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """ What a user can put right: a bad setting, a missing file, a file in another format. """
+
+
+def script_name():
+    """ The name of the script that runs, for messages. """
+    return Path(sys.argv[0]).name
+
+
+@contextmanager
+def one_line_errors():
+    """
+    Ends the script with one line and exit code 1 where the block raises UserError, or OSError by a
+    file that it could not read or write. Any other error is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        message = ' '.join(str(error).split())
+        sys.exit(f'{script_name()}: {message}')
+
+
+# -----------------------------------------------------------------------------
+# errors that come later, in the middle of the work
+
+OUT_OF_MEMORY = r"(can't allocate|not enough|out of) memory|Invalid buffer size"
+CONNECTION_LOST = r'Connection (closed|reset)|[Bb]roken pipe|[Tt]imed out|NCCL.*(remote|abort)'
+UNKNOWN_TOKEN = r'index out of range in self|device-side assert'
+
+
+def is_out_of_memory(error):
+    """ Whether memory ran out, of the CPU or of any kind of GPU. """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
+
+
+def is_connection_lost(error):
+    """ Whether another process of the job ended, as torch.distributed reports it. """
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and re.search(CONNECTION_LOST, str(error)) is not None
+
+
+def install_excepthook(settings, ddp):
+    """
+    Reports memory that ran out, and the end of another process of the job, in one line without a
+    traceback. Where an error can have a cause outside the code, a hint follows its traceback.
+
+    Args:
+        settings: dict of the script's settings, whose sizes are named where memory ran out
+        ddp: whether the script runs in several processes
+    """
+    names = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_embd')
+    sizes = ', '.join(f'{name}={settings[name]}' for name in names if name in settings)
+
+    def exit_with(message):
+        # sys.__stderr__, because torch.distributed may have replaced sys.stderr by a buffer;
+        # os._exit, because an orderly shutdown can wait forever for a collective that another
+        # process left
+        print(f'{script_name()}: {message}', file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+    def excepthook(kind, error, trace):
+        text = ' '.join(str(error).split())[:100]
+        if is_out_of_memory(error):
+            exit_with(f'out of memory ({text}) with {sizes}; a lower batch_size with a higher '
+                      'gradient_accumulation_steps computes the same iteration')
+        if ddp and is_connection_lost(error):
+            exit_with(f'another process of this job has ended ({text}); this one saved nothing')
+        sys.__excepthook__(kind, error, trace)
+        if re.search(UNKNOWN_TOKEN, text):
+            print('hint: if the code is unchanged, the data holds a token id outside the model\'s '
+                  'vocabulary; prepare the dataset again', file=sys.__stderr__)
+        if kind.__module__.startswith('wandb'):
+            print('hint: to run without wandb, set --wandb_log=False, or WANDB_MODE=offline before '
+                  'the command', file=sys.__stderr__)
+        if ddp:
+            exit_with('this process failed with the traceback above')
+
+    sys.excepthook = excepthook
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, until the loop begins

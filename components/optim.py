@@ -1,0 +1,198 @@
+"""
+Optimizers: which parameters each updates and at which learning rate, gradient clipping, and the
+update that is skipped when the loss or the gradients are not finite. AdamW is torch's, Muon is
+ours.
+
+Not here: the schedule of the learning rate (train.py).
+
+To add an optimizer, change `configure_optimizers`, and name the tensors that it keeps in `MOMENTS`.
+"""
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose matrices are orthogonalized (Jordan and others 2024,
+    kellerjordan.github.io/posts/muon).
+
+    The update of a matrix is its Nesterov momentum with every singular value brought close to 1,
+    by five steps of a Newton-Schulz iteration. torch.optim.Muon computes the same update, one
+    matrix at a time; here matrices of one size are multiplied together, and an update is skipped
+    where `found_inf` is 1.
+
+    Args:
+        params: matrices, or groups of them
+        lr: learning rate
+        weight_decay: decoupled, as in AdamW
+        momentum: decay of the running average of gradients
+        dtype: in which the iteration is computed
+    """
+    _step_supports_amp_scaling = True  # torch's name for an optimizer that checks found_inf
+    found_inf = None  # a tensor: 1.0 if the gradients are not finite
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+        for group in self.param_groups:
+            assert all(p.dim() == 2 for p in group['params']), 'Muon updates matrices only'
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params_by_size = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    size = (min(p.shape), max(p.shape))
+                    params_by_size.setdefault(size, []).append(p)
+            for params in params_by_size.values():
+                self.update(params, group['lr'], group['weight_decay'], group['momentum'])
+
+    def update(self, params, lr, weight_decay, momentum):
+        """ Updates matrices of one size, some of which may be transposed. """
+        is_finite = 1 if self.found_inf is None else 1 - self.found_inf
+        directions = [self.nesterov_momentum(p, momentum, is_finite) for p in params]
+        updates = orthogonalize(torch.stack([wide(d).to(self.dtype) for d in directions]))
+        for p, update in zip(params, updates):
+            if is_tall(p):
+                update = update.T
+            scale = max(1, p.shape[0] / p.shape[1]) ** 0.5  # taller ones take larger updates
+            p.mul_(1 - lr * weight_decay * is_finite)
+            p.sub_(update * (lr * scale * is_finite))
+
+    def nesterov_momentum(self, p, momentum, is_finite):
+        """ Updates the running average of the gradient of p, and looks one step ahead of it. """
+        grad = p.grad
+        if self.found_inf is not None:
+            grad = torch.where(is_finite > 0, grad, 0)
+        if p not in self.state:
+            self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        average = self.state[p]['momentum_buffer']
+        average.lerp_(grad, (1 - momentum) * is_finite)
+        return grad.lerp(average, momentum)
+
+
+def is_tall(matrix):
+    """ Whether a matrix has more rows than columns. """
+    return matrix.shape[0] > matrix.shape[1]
+
+
+def wide(matrix):
+    """ The matrix, transposed if it has more rows than columns. """
+    return matrix.T if is_tall(matrix) else matrix
+
+
+def orthogonalize(X):
+    """
+    Brings all singular values close to 1, by five steps of X <- 3.4445 X - 4.775 A X + 2.0315 A A
+    X with A = X X^T.
+
+    Args:
+        X: (n, r, c) with r <= c; n matrices
+
+    Returns: (n, r, c)
+    """
+    X /= X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.mT                                                    # (n, r, r)
+        B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)           # (n, r, r)
+        X = torch.baddbmm(X, B, X, beta=3.4445)                         # (n, r, c)
+    return X
+
+# -----------------------------------------------------------------------------
+# the optimizers of a model
+
+# The tensors that an optimizer keeps for each parameter, beside its step count. A checkpoint must
+# hold them, and they need memory. An optimizer that is missing here is saved and loaded without
+# this check.
+MOMENTS = {
+    torch.optim.AdamW: ('exp_avg', 'exp_avg_sq'),
+    Muon: ('momentum_buffer',),
+}
+
+
+def configure_optimizers(model, weight_decay, learning_rate, betas, device_type, muon_lr=0.0,
+                         dtype='float32'):
+    """
+    The optimizers of a model: AdamW for all parameters, or with `muon_lr` Muon for the matrices of
+    the blocks and AdamW for the rest.
+
+    Args:
+        model: a GPT
+        weight_decay: of tensors with two or more dimensions; biases and norms do not decay
+        learning_rate: the peak, of AdamW
+        betas: of AdamW
+        device_type: 'cpu', 'cuda' or 'mps'
+        muon_lr: the peak learning rate of Muon; 0 for none
+        dtype: of the run; Muon computes in bfloat16 where the run does, else in float32
+
+    Returns:
+        {name: optimizer}. A checkpoint holds each state under its name. Every parameter group has
+        an `lr_scale`: its share of the learning rate that the schedule gives.
+    """
+    optimizers = {}
+    params = [p for p in model.parameters() if p.requires_grad]
+    if muon_lr > 0:
+        blocks = model.transformer.h
+        matrices = [p for p in blocks.parameters() if p.requires_grad and p.dim() == 2]
+        is_matrix = {id(p) for p in matrices}
+        params = [p for p in params if id(p) not in is_matrix]
+
+    decayed = [p for p in params if p.dim() >= 2]
+    not_decayed = [p for p in params if p.dim() < 2]
+    groups = [
+        {'params': decayed, 'weight_decay': weight_decay, 'lr_scale': 1.0},
+        {'params': not_decayed, 'weight_decay': 0.0, 'lr_scale': 1.0},
+    ]
+    fused = device_type in ('cuda', 'cpu', 'mps')  # one kernel for all tensors, where torch has it
+    optimizers['optimizer'] = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    if muon_lr > 0:
+        muon_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
+        group = {'params': matrices, 'lr_scale': muon_lr / learning_rate}
+        optimizers['muon'] = Muon([group], muon_lr, weight_decay, dtype=muon_dtype)
+    return optimizers
+
+
+def set_learning_rate(optimizers, lr):
+    """ Gives every parameter group its share of the learning rate. """
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['lr_scale']
+
+# -----------------------------------------------------------------------------
+# the update
+
+def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
+    """
+    Clips the gradients, updates the parameters, and frees the gradients. If the loss or the norm
+    of the gradients is not finite, no optimizer updates. Optimizers that check `found_inf`, as
+    fused AdamW and Muon, decide that on the device, without synchronization.
+
+    Args:
+        optimizers: {name: optimizer}
+        scaler: a torch.amp.GradScaler, enabled or not
+        parameters: of the model
+        loss: a tensor, the loss of all processes
+        grad_clip: gradients of a larger norm are scaled down to it; 0 for none
+
+    Returns the norm of the gradients before clipping, a tensor.
+    """
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
+    parameters = [p for p in parameters if p.grad is not None]
+    # 0 * inf and 0 * nan are nan: the norm then shows a loss that is not finite, too
+    smallest = min(parameters, key=torch.numel)
+    smallest.grad += 0 * loss
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float('inf'))
+    is_finite = torch.isfinite(norm)
+    for optimizer in optimizers.values():
+        checks_found_inf = getattr(optimizer, '_step_supports_amp_scaling', False)
+        if checks_found_inf and norm.device.type != 'mps':  # fused AdamW ignores it on MPS
+            optimizer.found_inf = (~is_finite).float()
+            optimizer.step()
+        elif is_finite:
+            optimizer.step()
+    for p in parameters:
+        p.grad = None
+    scaler.update()
+    return norm

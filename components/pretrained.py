@@ -1,0 +1,152 @@
+"""
+The models that `init_from` names: in a checkpoint, in a Hugging Face directory, or on the hub.
+
+Not here: how the weights are read (checkpoint.py, huggingface.py), and a new model (train.py).
+"""
+import os
+from typing import NamedTuple
+
+from components.checkpoint import load_checkpoint, load_weights, newest_checkpoint
+from components.errors import UserError
+from components.huggingface import GPT2_NAMES
+from components.settings import model_config
+from components.tokenizer import has_tokenizer, hf_record, load_meta, tokenizer_record
+from model import GPT
+
+GPT2_VOCAB_SIZE = 50257
+
+
+class ModelSource(NamedTuple):
+    """ Where a model comes from. """
+    kind: str  # 'scratch', 'resume', 'checkpoint' or 'huggingface'
+    name: str  # path of the checkpoint or directory, or name on the hub; 'scratch' for a new model
+
+
+def find_model(init_from, out_dir, best=True):
+    """
+    Finds out what `init_from` names. Nothing is loaded, and what it names may not exist.
+
+    Args:
+        init_from: 'scratch'; 'resume', a checkpoint in `out_dir`; a checkpoint file; one of
+            GPT2_NAMES; a Hugging Face directory; or namespace/name on the hub
+        out_dir: the folder of a run
+        best: whether 'resume' is the checkpoint with the best validation loss, else the latest one
+
+    Returns:
+        ModelSource
+    """
+    if init_from == 'scratch':
+        return ModelSource('scratch', init_from)
+    if init_from == 'resume':
+        return ModelSource('resume', str(newest_checkpoint(out_dir, best)))
+    if init_from in GPT2_NAMES:  # also if a file or directory has this name
+        return ModelSource('huggingface', init_from)
+    if os.path.isfile(init_from) or init_from.endswith('.pt'):
+        return ModelSource('checkpoint', init_from)
+    return ModelSource('huggingface', init_from)
+
+
+def resolve_init_from(init_from, out_dir, eval_only, job):
+    """
+    Replaces 'auto', and resumes a job that torchrun has restarted.
+
+    Args:
+        init_from: as for find_model(), or 'auto'
+        out_dir: the folder of a run
+        eval_only: whether the model is only evaluated, so that the best one is meant
+        job: distributed.Job
+
+    Returns:
+        'resume' or 'scratch' for 'auto'; 'resume' for a restarted job that has saved a checkpoint;
+        otherwise `init_from`
+    """
+    if init_from != 'auto' and not job.restarted:
+        return init_from
+    path = newest_checkpoint(out_dir, best=eval_only)
+    if not path.exists():
+        return 'scratch' if init_from == 'auto' else init_from
+    if init_from == 'auto':
+        return 'resume'
+    is_own = load_checkpoint(path, mmap=True).get('job') == job.name
+    return 'resume' if is_own else init_from  # it may be of an earlier run
+
+
+def load_model(source, dropout=None, mmap=False):
+    """
+    Loads a model that exists already.
+
+    Args:
+        source: ModelSource of any kind but 'scratch'
+        dropout: replaces the dropout of the model; None keeps it
+        mmap: whether the tensors of the checkpoint stay in the file until they are used, so that
+            the optimizer state is not read. The weights of the model are copies in any case.
+
+    Returns:
+        the GPT, on the CPU, and the checkpoint that it comes from (dict; None for 'huggingface')
+
+    Raises:
+        UserError: if there is no such model, or the file is broken or of another architecture
+    """
+    assert source.kind != 'scratch', 'a new model is not loaded'
+    overrides = {}
+    if dropout is not None:
+        overrides['dropout'] = dropout
+    if source.kind == 'huggingface':
+        return GPT.from_pretrained(source.name, overrides), None
+
+    can_mmap = mmap and os.name == 'posix'  # Windows cannot replace a file that is mapped
+    checkpoint = load_checkpoint(source.name, can_mmap)
+    model_args = {**checkpoint['model_args'], **overrides}
+    model = GPT(model_config(**model_args))
+    load_weights(model, checkpoint, source.name)
+    return model, checkpoint
+
+
+def load_tokenizer_record(source, model, checkpoint, required=True):
+    """
+    Loads the tokenizer that a model was trained with.
+
+    Args:
+        source: the ModelSource of the model
+        model: GPT
+        checkpoint: dict, or None for a model from Hugging Face
+        required: whether a missing tokenizer is an error
+
+    Returns:
+        a record of tokenizer.py; None if only the size of the vocabulary is known and no tokenizer
+        is required
+
+    Raises:
+        UserError: if the tokenizer is missing, broken, or of another vocabulary
+    """
+    if source.kind == 'huggingface':
+        return huggingface_record(source.name)
+
+    dataset = checkpoint.get('config', {}).get('dataset')
+    record = checkpoint.get('tokenizer')
+    if record is None:
+        record = dataset_record(dataset)
+    is_missing = required and record is None
+    # a dataset without meta.pkl passes for one of GPT-2's tokens, also if its meta.pkl was deleted
+    is_mistaken = record == {'kind': 'gpt2'} and model.config.vocab_size < GPT2_VOCAB_SIZE
+    if is_missing or is_mistaken:
+        raise UserError(f'{source.name} has a vocabulary of {model.config.vocab_size} and no '
+                        f'tokenizer, and stoi and itos are missing in the meta.pkl of '
+                        f'dataset={dataset}; run its prepare.py')
+    return record
+
+
+def huggingface_record(name):
+    """ The record of a Hugging Face model; GPT-2's if its directory has no tokenizer. """
+    if name in GPT2_NAMES:
+        return {'kind': 'gpt2'}
+    if os.path.isdir(name) and not has_tokenizer(name):
+        return {'kind': 'gpt2'}
+    return hf_record(name)
+
+
+def dataset_record(dataset):
+    """ The record of a dataset; GPT-2's if it has no meta.pkl, or if no dataset is named. """
+    if not dataset:
+        return tokenizer_record(None)
+    return tokenizer_record(load_meta(dataset))

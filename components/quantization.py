@@ -1,0 +1,95 @@
+"""
+Weight-only quantization for sampling: linear layers that store their weights in 16 bits or int8.
+
+A new token needs every weight once, so on most machines it takes as long as the weights take to
+read. Fewer bits are read faster.
+
+Not here: the choice of the dtype (device.py), sampling (generation.py).
+"""
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from components.device import has_bfloat16, has_fbgemm
+
+LONG_INPUT = 32  # tokens per row, from which an input takes as long as its products
+
+
+def quantize_linears(model, dtype, int8=False):
+    """
+    Replaces every nn.Linear of `model` by a QuantizedLinear, in place; then it can no longer train.
+    Subclasses of nn.Linear stay, as they may compute something else.
+    """
+    for name, child in model.named_children():
+        if type(child) is nn.Linear:
+            setattr(model, name, QuantizedLinear(child, dtype, int8))
+        else:
+            quantize_linears(child, dtype, int8)
+
+
+class QuantizedLinear(nn.Module):
+    """
+    A linear layer for inference: (B, T, in) -> (B, T, out).
+
+    On a CPU with the kernels of FBGEMM, in float16 and with int8:
+        short inputs: float16 weights, multiplied in float32
+        long inputs: bfloat16 where the CPU has it, else float32 with weights stored in float16
+        with int8, single tokens: int8 weights
+    Elsewhere all inputs are multiplied in `dtype`.
+
+    Prompts are not multiplied in int8, because the activations of their first token have outliers
+    that would cost the other tokens their precision.
+
+    Args:
+        linear: the nn.Linear whose weights it takes
+        dtype: torch.dtype of the weights
+        int8: whether single tokens are multiplied in int8; requires FBGEMM
+    """
+
+    def __init__(self, linear, dtype, int8=False):
+        super().__init__()
+        weight = linear.weight.detach()                                     # (out, in)
+        bias = linear.bias
+        if bias is not None:
+            bias = bias.detach()                                            # (out,)
+
+        use_fbgemm = has_fbgemm(weight.device.type) and (int8 or dtype == torch.float16)
+        stored_dtype = dtype
+        if use_fbgemm and has_bfloat16():
+            dtype = torch.bfloat16
+            stored_dtype = torch.bfloat16
+        elif use_fbgemm:
+            dtype = torch.float32
+        self.dtype = dtype
+        self.weight = weight.to(stored_dtype)
+        self.bias = bias
+        if bias is not None:
+            self.bias = bias.to(dtype)
+
+        self.packed_int8 = None
+        if int8:
+            self.packed_int8 = pack_int8(weight, bias)
+        self.packed_float16 = None
+        if use_fbgemm and not (int8 and has_bfloat16()):
+            self.packed_float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+    def forward(self, x):
+        T = x.shape[1]
+        if self.packed_int8 is not None and T == 1:
+            # x is rounded to 7 bits of the batch's range, as 8 overflow on CPUs without VNNI
+            reduce_range = True
+            return torch.ops.quantized.linear_dynamic(x.float(), self.packed_int8, reduce_range)
+        if self.packed_float16 is not None and T < LONG_INPUT:
+            return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed_float16)
+        return F.linear(x.to(self.dtype), self.weight.to(self.dtype), self.bias)
+
+
+def pack_int8(weight, bias):
+    """ Rounds a weight (out, in) to int8, scaled per row, and packs it for FBGEMM. """
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)                # (out,)
+    zero_point = torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings(action='ignore'):  # of torch, which may drop these tensors one day
+        quantized = torch.quantize_per_channel(weight, scale, zero_point, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(quantized, bias)

@@ -1,0 +1,217 @@
+"""
+The rules for settings: what is wrong with them is found before anything is loaded or compiled.
+
+Not here: how settings are given (configurator.py), and which files exist (dataset.py,
+checkpoint.py).
+"""
+import os
+from dataclasses import fields
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import torch
+
+from components.dataset import largest_id
+from components.device import has_compiler, has_fbgemm
+from components.errors import UserError
+from components.tokenizer import has_tokenizer, hf_record, tokenizer_record, tokens_of
+from model import GPTConfig
+
+
+def require(condition, message):
+    """ Raises UserError with `message` if the condition is false. """
+    if not condition:
+        raise UserError(message)
+
+
+def require_at_least(settings, minimum, *names):
+    for name in names:
+        value = settings[name]
+        require(value >= minimum, f'{name}={value} must be at least {minimum}')
+
+
+def check_common(s):
+    """ The rules that all scripts share. """
+    require(0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1')
+    require(not s.compile or has_compiler(),
+            'compile=True requires a C++ compiler, which is not installed; --compile=False')
+
+
+def model_config(**args):
+    """ A GPTConfig. Raises UserError for values that it refuses. """
+    try:
+        return GPTConfig(**args)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+
+def new_model_config(settings, vocab_size):
+    """ The GPTConfig of a new model: the settings that are named like its fields. """
+    names = {field.name for field in fields(GPTConfig)}
+    args = {name: value for name, value in settings.items() if name in names}
+    return model_config(vocab_size=vocab_size, **args)
+
+
+def tokens_per_iter(settings):
+    """ Tokens that an iteration of train.py reads, in all processes. """
+    micro_batches = settings['gradient_accumulation_steps']
+    return micro_batches * settings['batch_size'] * settings['block_size']
+
+# -----------------------------------------------------------------------------
+# train.py
+
+def check_train(settings, device_type, ddp, world_size, local_world_size):
+    """
+    The rules for train.py.
+
+    Args:
+        settings: dict, with device, dtype, compile and backend selected
+        device_type: 'cpu', 'cuda' or 'mps'
+        ddp: whether torchrun started the script
+        world_size, local_world_size: number of processes, and of those on this machine
+    """
+    s = SimpleNamespace(**settings)
+    check_common(s)
+    check_schedule(settings)
+    check_optimizer(settings)
+    check_batches(settings, world_size)
+    check_processes(s, device_type, ddp, local_world_size)
+    check_output(s)
+
+
+def check_schedule(settings):
+    s = SimpleNamespace(**settings)
+    require_at_least(settings, 0, 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters',
+                     'eval_interval', 'log_interval', 'checkpoint_interval', 'max_bad_steps',
+                     'min_lr')
+    require(0 <= s.learning_rate < float('inf'),
+            f'learning_rate={s.learning_rate} must be a number of at least 0')
+    if not s.decay_lr:
+        return
+    require(s.min_lr <= s.learning_rate,
+            f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}; a tenth of it is usual')
+    iters = s.warmup_iters + s.cooldown_iters
+    require(s.cooldown_iters == 0 or iters <= s.lr_decay_iters,
+            f'cooldown_iters={s.cooldown_iters} and warmup_iters={s.warmup_iters} are more than '
+            f'lr_decay_iters={s.lr_decay_iters}; lower cooldown_iters')
+
+
+def check_optimizer(settings):
+    s = SimpleNamespace(**settings)
+    require_at_least(settings, 0, 'grad_clip', 'weight_decay', 'muon_lr')
+    for name in ('beta1', 'beta2', 'dropout'):
+        require(0 <= settings[name] < 1, f'{name}={settings[name]} must be at least 0 and below 1')
+    require(s.muon_lr == 0 or s.learning_rate > 0,
+            'muon_lr requires a learning_rate above 0 for the parameters that are not matrices')
+
+
+def check_batches(settings, world_size):
+    s = SimpleNamespace(**settings)
+    require_at_least(settings, 1, 'batch_size', 'block_size')
+    require(s.batch_size * s.block_size <= 2**30,
+            f'batch_size={s.batch_size} with block_size={s.block_size} would run out of memory; '
+            'lower batch_size')
+    require(s.gradient_accumulation_steps >= world_size,
+            f'gradient_accumulation_steps={s.gradient_accumulation_steps} is less than the number '
+            f'of processes, {world_size}; each process requires a micro-batch')
+    require(s.eval_split == 'val' or s.eval_only,
+            f'eval_split={s.eval_split!r} requires --eval_only=True')
+    require(s.eval_iters >= 1 or s.eval_iters == -1,
+            f'eval_iters={s.eval_iters} must be at least 1, or -1 for the whole split')
+
+
+def check_processes(s, device_type, ddp, local_world_size):
+    require(s.backend in ('nccl', 'gloo'),
+            f"backend={s.backend!r} must be 'auto', 'nccl' or 'gloo'")
+    require(not ddp or s.backend != 'nccl' or device_type == 'cuda',
+            f"backend='nccl' is not available on {device_type}; --backend=auto selects another")
+    require(not ddp or device_type != 'mps',
+            'several processes cannot share an Apple GPU; --device=cpu')
+    num_gpus = torch.cuda.device_count()
+    require(device_type != 'cuda' or local_world_size <= num_gpus,
+            f'{local_world_size} processes on a machine with {num_gpus} GPUs')
+
+
+def check_output(s):
+    require(not s.wandb_log or find_spec('wandb') is not None,
+            'wandb_log=True requires wandb: pip install wandb')
+    require(s.out_dir != '', "out_dir='' is not a folder; --out_dir=out")
+    if not os.path.exists(s.out_dir):
+        return
+    require(os.path.isdir(s.out_dir), f'out_dir={s.out_dir} is a file')
+    require(s.eval_only or os.access(s.out_dir, os.W_OK), f'out_dir={s.out_dir} is not writable')
+
+
+def check_fit(model, source, checkpoint, data, meta, settings):
+    """
+    The rules for a model and its dataset.
+
+    Args:
+        model: the GPT
+        source: name of what it was loaded from
+        checkpoint: dict; None if it was not loaded from a checkpoint
+        data: {split: token ids}
+        meta: of the dataset, or None
+        settings: dict of train.py's settings
+    """
+    dataset = settings['dataset']
+    block_size = settings['block_size']
+    record = tokenizer_record(meta)
+    if checkpoint is not None and checkpoint.get('tokenizer'):
+        require(checkpoint['tokenizer'] == record,
+                f'{source} has another vocabulary than dataset={dataset} (its meta.pkl, if any)')
+    num_needed = max(largest_id(ids) + 1 for ids in data.values())
+    if meta is not None:
+        num_needed = max(num_needed, meta['vocab_size'])
+    vocab_size = model.config.vocab_size
+    require(vocab_size >= num_needed,
+            f'{source} has a vocabulary of {vocab_size}, and dataset={dataset} needs {num_needed}')
+    context = model.config.block_size
+    require(block_size <= context,
+            f'block_size={block_size} is more than the {context} of {source}; set '
+            f'--block_size={context}')
+    if meta is None or not has_tokenizer(source):
+        return
+    tokens = tokens_of(record)
+    require(not tokens or tokens == tokens_of(hf_record(source)),
+            f'dataset={dataset} has other tokens than {source}; data/custom/prepare.py '
+            f'--tokenizer={source} prepares text for it')
+
+# -----------------------------------------------------------------------------
+# the other scripts
+
+def check_sample(settings):
+    """ The rules for sample.py. """
+    s = SimpleNamespace(**settings)
+    check_common(s)
+    require_at_least(settings, 0, 'max_new_tokens', 'top_k')
+    require_at_least(settings, 1, 'num_samples')
+    require(0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0')
+    require(0 < s.top_p <= 1, f'top_p={s.top_p} must be above 0 and at most 1, which disables it')
+    require(0 <= s.min_p <= 1, f'min_p={s.min_p} must be from 0, which disables it, to 1')
+    require(0 < s.repetition_penalty < float('inf'),
+            f'repetition_penalty={s.repetition_penalty} must be above 0; 1.0 disables it')
+    require(s.past_block in ('exact', 'half'),
+            f"past_block={s.past_block!r} must be 'exact' or 'half'")
+    require(s.quantize in ('', 'int8'), f"quantize={s.quantize!r} must be 'int8', or '' for none")
+    device_type = s.device.partition(':')[0]
+    require(not s.quantize or has_fbgemm(device_type),
+            f"quantize='int8' is not available on {s.device}; it requires an x86 CPU")
+    require(not s.interactive or s.start == '\n',
+            'interactive=True asks for prompts itself; leave --start out')
+    if not s.out:
+        return
+    folder = os.path.dirname(s.out) or '.'
+    require(os.access(folder, os.W_OK), f'out={s.out}: its folder is missing or not writable')
+    require(not os.path.exists(s.out) or os.path.isfile(s.out), f'out={s.out} is not a file')
+
+
+def check_bench(settings):
+    """ The rules for bench.py. """
+    s = SimpleNamespace(**settings)
+    check_common(s)
+    require(s.mode in ('step', 'compare', 'sample', 'estimate'),
+            f"mode={s.mode!r} must be 'step', 'compare', 'sample' or 'estimate'")
+    require_at_least(settings, 1, 'max_new_tokens', 'batch_size', 'gradient_accumulation_steps',
+                     'max_iters')

@@ -1,0 +1,221 @@
+"""
+The three tokenizers (characters, GPT-2's BPE, any Hugging Face tokenizer), and how they are stored.
+
+Checkpoints and meta.pkl store a tokenizer as a record of plain data, one of
+
+    {'kind': 'gpt2'}
+    {'kind': 'char', 'itos': [character, ...]}
+    {'kind': 'hf', 'json': content of tokenizer.json, 'end': id of the end-of-text token or None}
+
+A dataset has a data/<dataset>/meta.pkl unless its tokens are GPT-2's:
+
+    {'vocab_size', 'stoi', 'itos'}       of characters, the format of nanoGPT
+    {'vocab_size', 'tokenizer': record}  of a Hugging Face tokenizer
+
+Not here: how a text is encoded on all cores (text_to_bins.py), and reading token ids (dataset.py).
+"""
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+from components.errors import UserError
+
+DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
+MAX_VOCAB_SIZE = 2**16  # bins store token ids as uint16
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+
+class CharTokenizer:
+    """ One token for each character. """
+
+    def __init__(self, itos):
+        self.itos = itos
+        self.stoi = {character: i for i, character in enumerate(itos)}
+        self.vocab_size = len(itos)
+        self.end_of_text = None
+
+    def encode(self, text, special=False):
+        """ Raises UserError if `text` has a character that is not in the vocabulary. """
+        unknown = sorted(set(text) - set(self.stoi))
+        if unknown:
+            unknown = ''.join(unknown)
+            vocabulary = ''.join(self.itos)
+            raise UserError(f'{unknown!r:.99} is not in the vocabulary, {vocabulary!r:.199}')
+        return [self.stoi[character] for character in text]
+
+    def decode(self, ids):
+        return ''.join(self.itos[i] for i in ids)
+
+
+class GPT2Tokenizer:
+    """ GPT-2's byte-level BPE by tiktoken. Raises OSError if its files cannot be downloaded. """
+
+    def __init__(self):
+        import tiktoken
+        try:
+            self.bpe = tiktoken.get_encoding('gpt2')
+        except OSError as error:  # every exception of requests is an OSError
+            default_cache = Path(tempfile.gettempdir(), 'data-gym-cache')
+            cache = os.environ.get('TIKTOKEN_CACHE_DIR') or default_cache
+            raise OSError(
+                "could not download GPT-2's tokenizer, vocab.bpe and encoder.json "
+                f'({type(error).__name__}). tiktoken caches it in {cache}: copy that directory '
+                'from a machine with a network and set TIKTOKEN_CACHE_DIR to it, or use the '
+                'dataset python_char, which needs no network') from None
+        self.vocab_size = self.bpe.n_vocab
+        self.end_of_text = self.bpe.eot_token
+
+    def encode(self, text, special=False):
+        allowed = 'all' if special else set()
+        return self.bpe.encode(text, allowed_special=allowed, disallowed_special=())
+
+    def decode(self, ids):
+        return self.bpe.decode(ids)
+
+
+class HuggingFaceTokenizer:
+    """
+    A tokenizer of the library tokenizers, from the content of a tokenizer.json.
+
+    Args:
+        content: str, the JSON
+        end_of_text: id of the end-of-text token, or None
+    """
+
+    def __init__(self, content, end_of_text):
+        from tokenizers import Tokenizer
+        self.tokenizer = Tokenizer.from_str(content)
+        self.tokenizer.no_truncation()  # many models store it with a maximum length
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # ids may have gaps
+        self.end_of_text = end_of_text
+
+    def encode(self, text, special=False):
+        """ Raises UserError if a character has no token, and there is no unknown token. """
+        self.tokenizer.encode_special_tokens = not special
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f'no tokens for {text!r:.50}: {error}') from None
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def get_tokenizer(record):
+    """
+    The tokenizer of a record: an object with
+
+        encode(text, special=False) -> list of ids. With `special`, the name of a special token
+            in `text`, such as '<|endoftext|>', becomes that token; without, it is plain text.
+        decode(ids) -> str
+        vocab_size: int, above the largest id
+        end_of_text: id of the token that ends a document, or None
+    """
+    if record['kind'] == 'char':
+        return CharTokenizer(record['itos'])
+    if record['kind'] == 'hf':
+        return HuggingFaceTokenizer(record['json'], record['end'])
+    return GPT2Tokenizer()
+
+# -----------------------------------------------------------------------------
+# records
+
+
+def hf_record(name):
+    """
+    The record of the tokenizer of a Hugging Face directory, or of a model on the hub. Raises
+    UserError if there is none that a tokenizer.json can hold.
+    """
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        content = tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # damaged files raise any exception
+        raise UserError(f'{name}: no tokenizer that tokenizer.json can hold ({error})') from None
+    return {'kind': 'hf', 'json': content, 'end': tokenizer.eos_token_id}
+
+
+def has_tokenizer(folder):
+    """ Whether a Hugging Face directory has a tokenizer beside its model. """
+    names = ('tokenizer.json', 'vocab.json')
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+
+
+def tokens_of(record):
+    """ The tokens of a tokenizer, to compare it with another; None where they are unknown. """
+    if record is None or record['kind'] == 'gpt2':
+        return None
+    if record['kind'] == 'hf':
+        return json.loads(record['json'])['model']['vocab']
+    return {character: i for i, character in enumerate(record['itos'])}
+
+# -----------------------------------------------------------------------------
+# meta.pkl
+
+
+class _PlainDataUnpickler(pickle.Unpickler):
+    """ Refuses every class and function, so that loading a file cannot run code. """
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it carries code ({module}.{name}), which was not run')
+
+
+def _check_meta(meta):
+    """ Checks the content of meta.pkl and makes `itos`, which may be a dict, a list. """
+    vocab_size = meta['vocab_size']
+    if type(vocab_size) is not int or not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f'vocab_size={vocab_size!r} must be from 1 to {MAX_VOCAB_SIZE:,} (uint16)')
+    if 'itos' in meta:
+        itos = [meta['itos'][i] for i in range(len(meta['itos']))]
+        if not all(type(character) is str for character in itos):
+            raise ValueError('itos holds something other than text')
+        meta['itos'] = itos
+    record = meta.get('tokenizer')
+    if record is not None:
+        if record['kind'] != 'hf':
+            raise ValueError(f"tokenizer is of kind {record['kind']!r}, not 'hf'")
+        get_tokenizer(record)  # raises if its JSON is damaged
+
+
+def load_meta(dataset):
+    """
+    The content of a dataset's meta.pkl, with `itos` as a list; None if the dataset has no meta.pkl.
+    Raises UserError if the file is damaged, carries code, or holds something else.
+    """
+    path = DATA_DIR / dataset / 'meta.pkl'
+    if not path.exists():
+        return None
+    try:
+        with open(path, 'rb') as file:
+            meta = _PlainDataUnpickler(file).load()
+        _check_meta(meta)
+    except Exception as error:  # a damaged pickle raises any exception
+        reason = f'{type(error).__name__}: {error}'
+        raise UserError(f'{path} is not a vocabulary ({reason:.200}); '
+                        'prepare the dataset again') from None
+    return meta
+
+
+def meta_of(record, vocab_size):
+    """ The content of meta.pkl for a tokenizer's record; None for GPT-2's, which needs none. """
+    if record['kind'] == 'gpt2':
+        return None
+    if record['kind'] == 'hf':
+        return {'vocab_size': vocab_size, 'tokenizer': record}
+    itos = dict(enumerate(record['itos']))
+    stoi = {character: i for i, character in itos.items()}
+    return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
+
+
+def tokenizer_record(meta):
+    """ The inverse of `meta_of`: a tokenizer's record; None if `meta` has only a vocab_size. """
+    if meta is None:
+        return {'kind': 'gpt2'}
+    if 'itos' in meta:
+        return {'kind': 'char', 'itos': meta['itos']}
+    return meta.get('tokenizer')
