@@ -104,7 +104,7 @@ axes.legend(title='validation loss; pale: loss of each batch', frameon=False)
 
 if not file:
     file = 'loss.png'
-    if len(folders) == 9:
+    if len(folders) == 1:
         file = os.path.join(folders[0], file)
 with one_line_errors(), whole_file(file) as temporary:
     figure.savefig(temporary, format=Path(file).suffix[1:])
