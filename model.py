@@ -129,8 +129,8 @@ class CausalSelfAttention(nn.Module):
         if mask is not None and last_only:
             mask = mask[:, :, -1:]                                          # (B, 1, 1, all)
 
-        is_causal = False
-        if mask is None and q.shape[2] > 1:  # a single query attends to all keys
+        is_causal = False  # a single query attends to all keys
+        if mask is None and q.shape[2] > 1:  # by an `if`, as torch.compile requires a plain bool
             is_causal = True
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                            dropout_p=self.dropout if self.training else 0.0)

@@ -7,6 +7,8 @@ Samples texts from a trained model.
 
 Settings are the variables below: set them with --key=value, or in a file named before it.
 """
+import components.openmp  # noqa: F401, I001  it must come before torch
+
 import itertools
 import json
 import os
@@ -69,14 +71,13 @@ def encode_prompt(text):
 with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile, training=False)
     check_sample({key: globals()[key] for key in config_keys})  # noqa: F821
-    for line in config_overrides:  # noqa: F821
-        print(line)
     texts = [] if interactive else read_prompts(start)
     source = find_model(init_from, out_dir, best=True)
     if source.kind == 'scratch':
         raise UserError('init_from=scratch names no trained model; use --init_from=resume')
-    model, checkpoint = load_model(source)
+    model, checkpoint = load_model(source, mmap=True)
     tokenizer = get_tokenizer(load_tokenizer_record(source, model, checkpoint))
+    checkpoint = None  # frees its memory
     prompts = [encode_prompt(text) for text in texts]
 
 # 2. the model on the device
@@ -86,6 +87,8 @@ model.eval().to(device)
 quantize_linears(model, getattr(torch, dtype), int8=quantize == 'int8')
 weights = quantize if quantize else dtype
 compiled = 'compiled' if compile else 'not compiled'
+for line in config_overrides:  # noqa: F821  configurator.py sets it
+    print(line)
 print(f'device: {device}, {weights}, {compiled}')
 if compile:
     model.compile()  # in place

@@ -84,7 +84,7 @@ def size_of_moments(model, muon_lr):
     optimizers = configure_optimizers(model, 0.0, 1e-4, (0.9, 0.95), 'meta', muon_lr)
     size = 0
     for optimizer in optimizers.values():
-        moments = MOMENTS[type(optimizer)]
+        moments = MOMENTS.get(type(optimizer), ())
         for group in optimizer.param_groups:
             size += FLOAT32 * len(moments) * sum(p.numel() for p in group['params'])
     return size

@@ -85,8 +85,8 @@ def find_name(model_type):
 def find_gpt2(model_type):
     """ The name on the hub of one of GPT2_NAMES. """
     from huggingface_hub import try_to_load_from_cache
-    # nanoGPT downloads under the old name, which has no namespace; transformers would take it for
-    # a directory if there is one
+    # nanoGPT downloads GPT-2 under its old name, without a namespace. transformers would prefer a
+    # directory of that name, which is not meant.
     cached_config = try_to_load_from_cache(model_type, 'config.json')
     if isinstance(cached_config, str) and not os.path.isdir(model_type):
         return model_type
@@ -99,7 +99,7 @@ def read_config(name):
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # no warning for each retry
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file can raise anything
         reason = str(error).strip().split('\n')[0]
         raise UserError(f'cannot load {name!r} from this machine or from the hub ({reason:.200}); '
                         'it requires a network, or a directory with config.json and '

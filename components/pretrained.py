@@ -127,7 +127,7 @@ def load_tokenizer_record(source, model, checkpoint, required=True):
     if record is None:
         record = dataset_record(dataset)
     is_missing = required and record is None
-    # a dataset without meta.pkl passes for one of GPT-2's tokens, also if its meta.pkl was deleted
+    # without meta.pkl a dataset is assumed to be in GPT-2's tokens, but the file may be deleted
     is_mistaken = record == {'kind': 'gpt2'} and model.config.vocab_size < GPT2_VOCAB_SIZE
     if is_missing or is_mistaken:
         raise UserError(f'{source.name} has a vocabulary of {model.config.vocab_size} and no '

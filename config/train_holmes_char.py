@@ -25,5 +25,5 @@ learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 3000
 lr_decay_iters = 3000           # equal to max_iters
 min_lr = 1e-4                   # learning_rate / 10
-beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more of them
+beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more
 warmup_iters = 100

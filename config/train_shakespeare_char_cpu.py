@@ -1,5 +1,5 @@
 # A small character-level model of Shakespeare for a CPU, with nanoGPT's recipe: a minute or two on
-# 2 cores. train_shakespeare_char_cpu_fast.py reaches the same loss in a fifth of that time, or less.
+# 2 cores. train_shakespeare_char_cpu_fast.py reaches the same loss in a fifth of that time or less.
 
 out_dir = 'out-shakespeare-char-cpu'
 eval_interval = 250
@@ -23,7 +23,7 @@ learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 2000
 lr_decay_iters = 2000           # equal to max_iters
 min_lr = 1e-4                   # learning_rate / 10
-beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more of them
+beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more
 warmup_iters = 100
 
 device = 'cpu'

@@ -1,124 +1,238 @@
-""" The command line: what it takes, what it refuses, and that it does so in one line. """
+""" configurator.py, in a small script: config files, --key=value, and what it refuses. """
+import re
 import sys
 
 import pytest
 from conftest import ROOT, run
 
-SCRIPT = '''""" A script. """
-import os
-# the settings
+SETTINGS = '''# the settings
 size = 4            # how large
 rate = 1e-3
 name = 'x'
 flag = False
 compile = 'auto'
 _private = 1
-exec(open(os.path.join(ROOT, 'configurator.py')).read())
 '''
+SCRIPT = f'''""" A script. """
+import os
+{SETTINGS}exec(open(os.path.join(ROOT, 'configurator.py')).read())
+later = 2
+'''
+DEFAULTS = dict(size=4, rate=1e-3, name='x', flag=False, compile='auto')
 
 
 @pytest.fixture
-def configure(tmp_path, monkeypatch):
-    """ Runs the small script above with these arguments -> its variables. """
+def run_configurator(tmp_path, monkeypatch):
+    """ run_configurator(*arguments) runs the script above -> its global variables. """
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'script.py').write_text(SCRIPT)
+    path = tmp_path / 'script.py'
+    path.write_text(SCRIPT)
 
-    def execute(*args):
-        monkeypatch.setattr(sys, 'argv', ['script.py', *args])
-        names = {'__name__': '__main__', '__file__': str(tmp_path / 'script.py'), 'ROOT': _Path(ROOT)}
+    def execute(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['script.py', *arguments])
+        names = {'__name__': '__main__', '__file__': str(path), 'ROOT': ROOT}
         exec(compile(SCRIPT, 'script.py', 'exec'), names)
+        return names
+    return execute
+
+
+@pytest.fixture
+def configure(run_configurator):
+    """ configure(*arguments) -> the settings. """
+    def execute(*arguments):
+        names = run_configurator(*arguments)
         return {key: names[key] for key in names['config_keys']}
     return execute
 
 
-class _Path(type(ROOT)):
-    """ A path is no setting, as a str would be. """
+@pytest.fixture
+def assert_refused(configure, capsys):
+    """ assert_refused(argument, pattern): one line that `pattern` matches, and exit code 2. """
+    def check(argument, pattern):
+        with pytest.raises(SystemExit) as stopped:
+            configure(argument)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert error.startswith('script.py: ')
+        assert error.count('\n') == 1
+        assert re.search(pattern, error), error
+    return check
+
+# -----------------------------------------------------------------------------
+# --key=value
 
 
-DEFAULTS = dict(size=4, rate=1e-3, name='x', flag=False, compile='auto')
+def test_settings_are_public_variables_above_the_configurator(configure):
+    assert configure() == DEFAULTS
 
 
-@pytest.mark.parametrize('arg, expected', [
-    ('--size=7', {'size': 7}), ('--size=1_000', {'size': 1000}), ('--size=6e5', {'size': 600000}),
-    ('--rate=1', {'rate': 1.0}), ('--rate=1e-4', {'rate': 1e-4}), ('--flag=True', {'flag': True}),
-    ('--name=42', {'name': '42'}), ('--name=a=b', {'name': 'a=b'}), ('--name=', {'name': ''}),
-    ('--name=None', {'name': 'None'}), ('--compile=False', {'compile': False}),
-    ('--compile=inductor', {'compile': 'inductor'})])
-def test_values(configure, arg, expected):
-    result = configure(arg)
-    assert result == {**DEFAULTS, **expected}
-    for key, value in expected.items():
-        assert type(result[key]) is type(value)
+@pytest.mark.parametrize('argument, expected', [
+    ('--size=7', 7),
+    ('--size=-7', -7),
+    ('--size=1_000', 1000),
+    ('--size=6e5', 600000),
+    ('--rate=1e-4', 1e-4),
+    ('--rate=1', 1.0),
+    ('--flag=True', True),
+    ('--name=y', 'y'),
+    ('--name=42', '42'),
+    ('--name=None', 'None'),
+    ('--name=', ''),
+    ('--name=a=b', 'a=b'),
+    ('--compile=False', False),
+    ('--compile=True', True),
+    ('--compile=inductor', 'inductor'),
+])
+def test_value(configure, argument, expected):
+    key = argument.removeprefix('--').partition('=')[0]
+    settings = configure(argument)
+    assert settings == {**DEFAULTS, key: expected}
+    assert type(settings[key]) is type(expected)
 
 
-@pytest.mark.parametrize('arg, message', [
-    ('--size=1.5', 'size takes a whole number, not 1.5'), ('--size=x', "a whole number, not 'x'"),
-    ('--size=True', 'a whole number, not True'), ('--rate=fast', "rate takes a number, not 'fast'"),
-    ('--flag=1', 'flag takes True or False, not 1'), ('--flag=true', "True or False, not 'true'"),
-    ('--sise=3', "no setting 'sise'; the nearest is 'size'"), ('--_private=3', "no setting '_private'"),
-    ('--flag', "cannot read '--flag'"), ('size=3', "cannot read 'size=3'"),
-    ('nowhere.py', "no config file 'nowhere.py'")])
-def test_refusals(configure, capsys, arg, message):
-    with pytest.raises(SystemExit) as stopped:
-        configure(arg)
-    out, error = capsys.readouterr()
-    assert stopped.value.code == 2 and message in error and error.count('\n') == 1
+@pytest.mark.parametrize('argument, pattern', [
+    ('--size=1.5', 'size requires a whole number, not 1.5'),
+    ('--size=x', "size requires a whole number, not 'x'"),
+    ('--size=True', 'size requires a whole number, not True'),
+    ('--rate=fast', "rate requires a number, not 'fast'"),
+    ('--rate=True', 'rate requires a number, not True'),
+    ('--flag=1', 'flag requires True or False, not 1'),
+    ('--flag=true', "flag requires True or False, not 'true'"),
+    ('--sise=3', "unknown setting 'sise'; did you mean 'size'?"),
+    ('--_private=3', "unknown setting '_private'"),
+    ('--later=3', "unknown setting 'later'"),
+    ('--flag', "cannot read '--flag'"),
+    ('-size=3', "cannot read '-size=3'"),
+    ('size=3', "cannot read 'size=3'"),
+])
+def test_refused_argument(assert_refused, argument, pattern):
+    assert_refused(argument, pattern)
 
 
-def test_left_to_right_and_config_files_that_compute(configure, tmp_path, capsys):
-    (tmp_path / 'a.py').write_text('import time\nsize = 2 * 8\nname = "ft-" + str(time.time())\n'
-                                   'def helper(n):\n    return n + size\nrate = helper(0)\n')
-    result = configure('--size=5', 'a.py', '--name=mine')
-    assert (result['size'], result['rate'], result['name']) == (16, 16.0, 'mine')
+def test_last_argument_counts(configure, tmp_path):
+    (tmp_path / 'a.py').write_text('size = 16\n')
+    assert configure('--size=5', '--size=6')['size'] == 6
+    assert configure('--size=5', 'a.py')['size'] == 16
     assert configure('a.py', '--size=5')['size'] == 5
-    (tmp_path / 'b.py').write_text('size = 4\n')  # what is the default as well
-    assert configure('--size=5', 'b.py')['size'] == configure('a.py', 'b.py')['size'] == 4
-    configure('--size=5')
-    assert 'size = 5' in capsys.readouterr().out
+
+# -----------------------------------------------------------------------------
+# config files
 
 
-def test_a_shared_config_file_is_warned_about_and_a_misspelling_refused(configure, tmp_path, capsys):
+def test_config_file_imports_and_computes(configure, tmp_path):
+    (tmp_path / 'a.py').write_text('import math\n'
+                                   'size = 2 * 8\n'
+                                   'name = "run-" + str(math.floor(2.5))\n'
+                                   'def double(n):\n'
+                                   '    return 2 * n\n'
+                                   'rate = double(size)\n')
+    expected = dict(size=16, rate=32.0, name='run-2')
+    assert configure('a.py') == {**DEFAULTS, **expected}
+
+
+def test_config_file_reads_earlier_arguments(configure, tmp_path):
+    (tmp_path / 'a.py').write_text('rate = 2 * size\n')
+    assert configure('--size=5', 'a.py')['rate'] == 10.0
+
+
+def test_config_file_with_the_default_value(configure, tmp_path):
+    (tmp_path / 'a.py').write_text('size = 16\n')
+    (tmp_path / 'default.py').write_text('size = 4\n')
+    assert configure('--size=5', 'default.py')['size'] == 4
+    assert configure('a.py', 'default.py')['size'] == 4
+
+
+def test_numpy_numbers(configure, tmp_path):
+    (tmp_path / 'a.py').write_text('import numpy as np\n'
+                                   'rate = np.float64(0.5)\n'
+                                   'size = np.int64(3)\n')
+    settings = configure('a.py')
+    assert type(settings['rate']) is float
+    assert type(settings['size']) is int
+
+
+def test_names_that_are_not_settings(configure, tmp_path, capsys):
     (tmp_path / 'a.py').write_text('size = 5\nepochs = 3\nhelper_number = 4\n')
     assert configure('a.py') == {**DEFAULTS, 'size': 5}
-    assert 'ignored, not settings of this script: epochs, helper_number\n' in capsys.readouterr().out
-    (tmp_path / 'a.py').write_text('base_size = 5\nsize = 2 * base_size\n')
-    assert configure('a.py')['size'] == 10
-    (tmp_path / 'a.py').write_text('sizes = 5\n')
-    with pytest.raises(SystemExit):
-        configure('a.py')
-    assert "no setting 'sizes'; did you mean 'size'?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('text, message', [
-    ('size = (\n', 'line 1: SyntaxError'), ('\nsize = 1 / 0\n', 'line 2: ZeroDivisionError'),
-    ('size = "big"\n', "size takes a whole number, not 'big'"),
-    ('name = None\n', 'name takes a string, not None')])
-def test_a_broken_config_file(configure, tmp_path, capsys, text, message):
-    (tmp_path / 'a.py').write_text(text)
-    with pytest.raises(SystemExit):
-        configure('a.py')
-    error = capsys.readouterr().err
-    assert 'a.py' in error and message in error and error.count('\n') == 1
-
-
-def test_numpy_numbers_become_plain(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('import numpy as np\nrate = np.float64(0.5)\nsize = np.int64(3)\n')
-    result = configure('a.py')
-    assert type(result['rate']) is float and type(result['size']) is int
-
-
-def test_help_is_the_block_at_the_top(configure, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        configure('--help')
     out = capsys.readouterr().out
+    assert out == 'a.py: ignored, not settings of this script: epochs, helper_number\n'
+
+
+def test_name_like_a_setting_that_is_set(configure, tmp_path):
+    (tmp_path / 'a.py').write_text('sizes = 5\nsize = 2 * sizes\n')
+    assert configure('a.py')['size'] == 10
+
+
+@pytest.mark.parametrize('text, pattern', [
+    pytest.param('size = (\n', 'a.py, line 1: SyntaxError', id='syntax'),
+    pytest.param('\nsize = 1 / 0\n', 'a.py, line 2: ZeroDivisionError', id='exception'),
+    pytest.param('sizes = 5\n', "a.py: unknown setting 'sizes'; did you mean 'size'?",
+                 id='misspelt'),
+    pytest.param('size = "big"\n', "a.py: size requires a whole number, not 'big'", id='type'),
+    pytest.param('name = None\n', 'a.py: name requires a string, not None', id='none'),
+])
+def test_broken_config_file(assert_refused, tmp_path, text, pattern):
+    (tmp_path / 'a.py').write_text(text)
+    assert_refused('a.py', pattern)
+
+
+@pytest.mark.parametrize('path', ['nowhere.py', 'a.txt', 'folder.py'])
+def test_path_that_is_not_a_config_file(assert_refused, tmp_path, path):
+    (tmp_path / 'a.txt').write_text('size = 5\n')
+    (tmp_path / 'folder.py').mkdir()
+    assert_refused(path, f"config file '{path}' .*--key=value")
+
+
+def test_misspelt_config_file(assert_refused, tmp_path):
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config/small.py').write_text('size = 5\n')
+    assert_refused('config/smal.py', 'did you mean config/small.py?')
+    assert_refused('small.py', 'did you mean config/small.py?')
+
+# -----------------------------------------------------------------------------
+# what it prints
+
+
+def test_overrides(run_configurator, tmp_path, capsys):
+    (tmp_path / 'a.py').write_text('size = 5\nname = "y"\n')
+    names = run_configurator('a.py', '--size=6', '--rate=1e-3')
+    assert names['config_overrides'] == ['overriding: size = 6', "overriding: name = 'y'"]
+    assert capsys.readouterr().out == ''
+
+
+def test_only_the_first_process_prints(run_configurator, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a.py').write_text('size = 5\nepochs = 3\n')
+    monkeypatch.setenv('RANK', '1')
+    names = run_configurator('a.py')
+    assert names['size'] == 5
+    assert names['config_overrides'] == []
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('argument', ['--help', '-h'])
+def test_help(configure, capsys, argument):
+    with pytest.raises(SystemExit) as stopped:
+        configure(argument)
     assert stopped.value.code == 0
-    assert out == 'A script.\n' + SCRIPT.split('import os\n')[1].split('exec(')[0]
+    assert capsys.readouterr().out == 'A script.\n' + SETTINGS
+
+# -----------------------------------------------------------------------------
+# the scripts
+
+SCRIPTS = ['train.py', 'sample.py', 'bench.py', 'export.py', 'plot.py',
+           *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('data/*/prepare.py'))]
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', *sorted(
-    path.relative_to(ROOT).as_posix() for path in ROOT.glob('data/*/prepare.py'))])
-def test_every_script_has_help_and_refuses_an_unknown_setting(tmp_path, script):
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_of_script(tmp_path, script):
     out, _ = run(script, '--help', cwd=tmp_path)
-    assert len(out) > 200 and '__name__' not in out
-    _, error = run(script, '--no_such_thing=1', cwd=tmp_path, code=2)
-    assert error.count('\n') == 1 and 'no_such_thing' in error
+    assert len(out) > 200
+    assert '\n\nimport' not in out
+    assert '__name__' not in out
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_script_refuses_unknown_setting(tmp_path, script):
+    _, error = run(script, '--no_such_setting=1', cwd=tmp_path, code=2)
+    assert error.count('\n') == 1
+    assert 'no_such_setting' in error

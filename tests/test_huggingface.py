@@ -121,6 +121,17 @@ def test_unsupported_configuration(tmp_path, field, value):
         GPT.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize('content, reason', [
+    ('{"n_embd": ', 'config.json'),
+    ('[]', 'model_type'),
+    ('{"model_type": "gpt2", "n_head": "x"}', 'n_head'),
+])
+def test_broken_configuration(tmp_path, content, reason):
+    (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(UserError, match=f'cannot load .*{reason}'):
+        GPT.from_pretrained(str(tmp_path))
+
+
 def test_other_model_type(tmp_path):
     transformers.LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match='llama'):
