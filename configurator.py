@@ -108,18 +108,15 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
                 put(key, names[key], path)
 
     def print_help():
-        """ Prints the docstring, and the source from the first setting to the last. """
+        """ Prints the docstring, and the block of settings, which stands between two rulers. """
         with open(settings['__file__'], encoding='utf-8') as file:
-            source = file.read()
-        source = source.split('configurator.py')[0].split('if __name__')[0]
-        lines = source.split('\n')[:-1]
-        first = 0
-        while first < len(lines) and lines[first].split(' = ')[0] not in defaults:
-            first += 1
-        while first > 0 and lines[first - 1].startswith('#'):
-            first -= 1
-        docstring = settings['__doc__'] or ''
-        print(docstring.strip(), *lines[first:], sep='\n')
+            blocks = file.read().split('# ' + 77 * '-')
+        print((settings['__doc__'] or '').strip())
+        for block in blocks:
+            assigned = {line.split(' = ')[0] for line in block.split('\n')}
+            if assigned & set(defaults):
+                print(block.rstrip())
+                break
         sys.exit(0)
 
     def apply_argument(argument):

@@ -61,8 +61,6 @@ with one_line_errors():
     hf_dir = os.path.normpath(hf_dir)
     if os.path.exists(hf_dir):
         raise UserError(f'{hf_dir} exists already; remove it, or choose another --hf_dir')
-    for line in config_overrides:  # noqa: F821
-        print(line)
 
     # load the model and its tokenizer
     source = find_model('resume', out_dir)
@@ -81,6 +79,9 @@ with one_line_errors():
     if vocab_size > model.config.vocab_size:
         raise UserError(f'{source.name}: its tokenizer has {vocab_size} tokens, and its model has '
                         f'embeddings for {model.config.vocab_size}')
+
+    for line in config_overrides:  # noqa: F821  configurator.py sets it
+        print(line)
 
     # write everything to a temporary directory, compare the logits, and rename it
     from transformers import logging

@@ -10,9 +10,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 
 class UserError(Exception):
     """ What a user can put right: a bad setting, a missing file, a file in another format. """
@@ -46,6 +43,7 @@ UNKNOWN_TOKEN = r'index out of range in self|device-side assert'
 
 def is_out_of_memory(error):
     """ Whether memory ran out, of the CPU or of any kind of GPU. """
+    import torch  # here, because the prepare scripts do without it
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
@@ -53,6 +51,7 @@ def is_out_of_memory(error):
 
 def is_connection_lost(error):
     """ Whether another process of the job ended, as torch.distributed reports it. """
+    import torch.distributed as dist
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
         return True
     return isinstance(error, RuntimeError) and re.search(CONNECTION_LOST, str(error)) is not None

@@ -315,7 +315,7 @@ def model_card(checkpoint, model, name):
         f'{model.get_num_params() / 1e6:.2f} million parameters, '
         f'{checkpoint.get("iter_num")} iterations on',
         f'`{config.get("dataset")}`, best validation loss '
-        f'{checkpoint["best_val_loss"]:.4f} nats a token.',
+        f'{checkpoint["best_val_loss"]:.4f} nats per token.',
         '',
         '| setting | value |',
         '|---|---|',

@@ -1,8 +1,8 @@
-# A small character-level model of your own text: minutes on 2 CPU cores. It also runs on a GPU.
+# A small character-level model of your own text: a minute or two on 2 CPU cores. The recipe is that
+# of train_python_char.py. It also runs on a GPU.
 #   python data/custom/prepare.py --source=my.txt --name=mine --tokenizer=char
 #   python train.py config/train_custom.py --dataset=mine --out_dir=out-mine
 #   python sample.py --out_dir=out-mine
-# The recipe is that of train_python_char.py.
 
 out_dir = 'out-custom'
 eval_interval = 250

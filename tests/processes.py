@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-from conftest import ROOT, SMALL, environment, flags
+from conftest import ROOT, SMALL, environment, flags, fork_server
 
 # far from done when a test stops it
 LONG = dict(max_iters=100_000, lr_decay_iters=100_000, eval_interval=0,
@@ -53,6 +53,8 @@ def worker_pids(process):
 
 def run_first(code, folder, monkeypatch):
     """ Every script that the test starts runs `code` first; it can import components. """
+    if sys.platform == 'linux':
+        fork_server()  # itself it must not run the code
     site = folder / 'site'
     site.mkdir()
     path = f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n'

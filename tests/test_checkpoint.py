@@ -432,12 +432,13 @@ def test_optimizer_of_another_kind(path, saved, tiny):
 @pytest.mark.parametrize('state', [
     pytest.param({'param_groups': 3, 'state': {}}, id='groups'),
     pytest.param({'param_groups': [3, 4], 'state': {}}, id='group'),
-    pytest.param({'param_groups': []}, id='no state'),
+    pytest.param({'param_groups': []}, id='too few groups'),
+    pytest.param({'state': 3}, id='no groups'),
 ])
 def test_broken_optimizer(path, saved, tiny, state):
     saved['optimizer'] = state
     message = error_of(load_optimizers, new_optimizers(tiny), saved, path)
-    assert 'its optimizer is of a model with other parameters' in message
+    assert f'--init_from={path} loads its weights alone' in message
 
 # -----------------------------------------------------------------------------
 # newest_checkpoint
@@ -643,6 +644,16 @@ def test_new_run_without_a_best_model_replaces_both(checkpointer, tmp_path):
     assert iterations() == {'ckpt_last.pt': 5}
 
 
+def test_new_run_keeps_its_best_and_latest(checkpointer, tmp_path):
+    (tmp_path / 'out').mkdir()
+    save_small(tmp_path / 'out/ckpt.pt', iter_num=99)
+    save_small(tmp_path / 'out/ckpt_last.pt', iter_num=99)
+    evaluate_and_save(checkpointer, 10, 2.0)
+    assert iterations() == {'ckpt.pt': 10}
+    checkpointer.save(12, is_stopping=False, seconds=100.0)
+    assert iterations() == {'ckpt.pt': 10, 'ckpt_last.pt': 12}
+
+
 def test_other_processes_do_not_save(make_checkpointer, tmp_path, messages):
     evaluate_and_save(make_checkpointer(is_master=False), 10, 2.0)
     assert not (tmp_path / 'out').exists()
@@ -808,7 +819,7 @@ def test_resume_in_float16_of_a_run_in_another_dtype(
 
 @pytest.fixture
 def trainer(script_globals, dataset, monkeypatch):
-    """ trainer(**settings) runs train.py in this process, keeping the best and the latest model. """
+    """ trainer(**settings) runs train.py in this process, by default saving the best model. """
     monkeypatch.setattr(metrics.Timer, 'PEAK_MEASUREMENTS', 1)  # one is enough here, and faster
 
     def train(**settings):

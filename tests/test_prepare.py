@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import transformers
 from conftest import ROOT, flags, run, train
-from fake_gpt2 import gpt2, prose  # noqa: F401
+from fake_gpt2 import prose
 
 from components import tokenizer as tokenizer_module
 
@@ -58,9 +58,9 @@ def prepare(clone, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.chdir(tmp_path)
 
-    def execute(folder, **settings):
+    def execute(folder, *arguments, **settings):
         path = clone / 'data' / folder / 'prepare.py'
-        monkeypatch.setattr(sys, 'argv', [str(path), *flags(settings)])
+        monkeypatch.setattr(sys, 'argv', [str(path), *arguments, *flags(settings)])
         capsys.readouterr()
         names = {'__name__': '__main__', '__file__': str(path)}
         exec(compile(path.read_text(), path, 'exec'), names)
@@ -85,7 +85,7 @@ def test_prepare_shakespeare_char(clone, prepare):
     assert f'vocabulary size: {len(set(SPEECH))}\ntrain.bin: {num_train:,} tokens\n' in out
 
 
-def test_prepare_shakespeare(clone, prepare, gpt2):  # noqa: F811
+def test_prepare_shakespeare(clone, prepare, gpt2):
     folder = clone / 'data/shakespeare'
     (folder / 'input.txt').write_text(SPEECH)
     prepare('shakespeare')
@@ -132,12 +132,21 @@ def test_prepare_unknown_flag(prepare):
         prepare('shakespeare_char', source='x')
     assert stopped.value.code == 2
 
+
+def test_prepare_help(prepare, capsys):
+    """ The docstring and the settings, without the code below these. """
+    with pytest.raises(SystemExit):
+        prepare('custom', '--help')
+    out = capsys.readouterr().out
+    assert 'val_fraction = 0.1 ' in out
+    assert 'def ' not in out
+
 # -----------------------------------------------------------------------------
 # datasets of rows
 
 
 @pytest.mark.slow
-def test_prepare_wikitext2(clone, tmp_path, prepare, gpt2):  # noqa: F811
+def test_prepare_wikitext2(clone, tmp_path, prepare, gpt2):
     source = tmp_path / 'source'
     source.mkdir()
     rows = {}
@@ -169,7 +178,7 @@ def test_prepare_wikitext2_without_network(clone):
 
 
 @pytest.mark.slow
-def test_prepare_openwebtext_in_several_processes(clone, tmp_path, gpt2):  # noqa: F811
+def test_prepare_openwebtext_in_several_processes(clone, tmp_path, gpt2):
     import datasets
     sizes = np.random.default_rng(0).integers(10, 20_000, size=700).tolist()
     documents = [prose(size, seed=size) for size in sizes]
@@ -186,7 +195,7 @@ def test_prepare_openwebtext_in_several_processes(clone, tmp_path, gpt2):  # noq
 
 
 @pytest.mark.slow
-def test_prepare_bookcorpus(clone, tmp_path, prepare, gpt2):  # noqa: F811
+def test_prepare_bookcorpus(clone, tmp_path, prepare, gpt2):
     rows = [f'the cat sat {i} .' for i in range(130_001)]  # 65 are held out: 32 runs of two
     write_parquet(tmp_path / 'a.parquet', rows)
     prepare('bookcorpus', source='a.parquet')
@@ -216,7 +225,7 @@ def test_prepare_rows_bad_file(clone, tmp_path, prepare):
 # custom
 
 
-def test_custom_one_document(tmp_path, prepare, gpt2):  # noqa: F811
+def test_custom_one_document(tmp_path, prepare, gpt2):
     """ It is split by its characters, and the end-of-text token is the last of val.bin. """
     text = prose(5000)
     (tmp_path / 'mine').write_text(text)
@@ -395,29 +404,38 @@ def finished_batches(tmp_path):
     return list(tmp_path.glob('bins/parts.tmp/train-000000-????????????????'))
 
 
-def parents_of_processes():
-    """ {process: its parent}, without processes that have ended (zombies). """
-    command = ['ps', '-eo', 'pid,ppid,stat']
+def running_workers():
+    """ {worker process: its parent}, without processes that have ended (zombies). """
+    command = ['ps', '-eo', 'pid,ppid,stat,args', '-ww']
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    rows = [line.split() for line in lines[1:]]
-    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith('Z')}
+    workers = {}
+    for line in lines[1:]:
+        pid, parent, state, arguments = line.split(maxsplit=3)
+        if 'spawn_main' in arguments and not state.startswith('Z'):
+            workers[int(pid)] = int(parent)
+    return workers
+
+
+def workers_of(process):
+    workers = running_workers()
+    return {pid for pid in workers if workers[pid] == process.pid}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='needs SIGKILL')
-def test_killed_preparation_continues(tmp_path, gpt2):  # noqa: F811
+def test_killed_preparation_continues(tmp_path, gpt2):
     """ kill -9 of the script: its workers end too, no bin exists, finished batches are kept. """
     text = prose(12_000_000)
     (tmp_path / 'a.txt').write_text(text)
     folder = tmp_path / 'bins'
     process = start_long_preparation(tmp_path)
-    parents = parents_of_processes()
-    workers = {pid for pid in parents if parents[pid] == process.pid}
+    workers = workers_of(process)
     assert workers
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
+    process.stderr.close()  # a worker that still runs would keep it open
     time.sleep(1)
-    assert not workers & set(parents_of_processes())
+    assert not workers & set(running_workers())
     assert [path.name for path in folder.iterdir()] == ['parts.tmp']
 
     first = finished_batches(tmp_path)[0]
@@ -431,6 +449,22 @@ def test_killed_preparation_continues(tmp_path, gpt2):  # noqa: F811
     assert train_ids[num_kept:] == gpt2.encode_ordinary(text[:num_train])[num_kept:]
     assert read(folder, 'val') == [*gpt2.encode_ordinary(text[num_train:]), 50256]
     assert sorted(path.name for path in folder.iterdir()) == ['train.bin', 'val.bin']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == 'nt', reason='needs SIGKILL')
+@pytest.mark.usefixtures('gpt2')
+def test_killed_workers(tmp_path):
+    """ As the system kills them where memory runs out: one line, finished batches are kept. """
+    (tmp_path / 'a.txt').write_text(prose(12_000_000))
+    process = start_long_preparation(tmp_path)
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'memory ran out; the same command continues' in error.splitlines()[-1]
+    assert 'Traceback' not in error
+    assert finished_batches(tmp_path)
 
 
 @pytest.mark.slow

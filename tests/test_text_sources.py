@@ -9,7 +9,7 @@ from hashlib import sha256
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fake_gpt2 import gpt2, prose  # noqa: F401
+from fake_gpt2 import prose
 
 from components import text_sources
 from components.errors import UserError
@@ -186,7 +186,7 @@ def test_read_empty_file(tmp_path):
     pytest.param(' the cat ! \n\n  \n' * 1000, id='white space at the end of lines'),
     pytest.param('x\n' + '\n' * 5000 + 'y', id='long white space'),
 ])
-def test_pieces_of_long_text_have_the_same_tokens(tmp_path, monkeypatch, gpt2, text):  # noqa: F811
+def test_pieces_of_long_text_have_the_same_tokens(tmp_path, monkeypatch, gpt2, text):
     monkeypatch.setattr(text_sources, 'PIECE_SIZE', 1000)
     path = tmp_path / 'a.txt'
     path.write_text(text)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_gpt2 import gpt2, prose  # noqa: F401
+from fake_gpt2 import prose
 
 from components import text_to_bins
 from components.errors import UserError
@@ -41,7 +41,7 @@ def test_characters_round_trip(tmp_path, capsys):
     assert f'val.bin: {len(text) - 100} tokens\n' in out
 
 
-def test_end_of_text_and_special_tokens(tmp_path, gpt2):  # noqa: F811
+def test_end_of_text_and_special_tokens(tmp_path, gpt2):
     """ The name of a special token in a text is text like any other. """
     write_bins(tmp_path, {'train': ['<|endoftext|>', END_OF_DOCUMENT]}, GPT2, 10)
     assert read(tmp_path, 'train') == [*gpt2.encode_ordinary('<|endoftext|>'), 50256]
@@ -53,7 +53,7 @@ def test_ids_are_little_endian_uint16(tmp_path):
     assert (tmp_path / 'train.bin').read_bytes() == b'\x00\x00\xff\x00\x00\x01'
 
 
-def test_batches_are_joined_in_order(tmp_path, monkeypatch, gpt2):  # noqa: F811
+def test_batches_are_joined_in_order(tmp_path, monkeypatch, gpt2):
     monkeypatch.setattr(text_to_bins, 'BATCH_SIZE', 100)
     texts = [prose(n, seed=n) for n in range(60)]
     write_bins(tmp_path, {'train': texts}, GPT2, 2000)
@@ -69,7 +69,7 @@ def test_empty_texts_fill_batches_too(monkeypatch):
 
 
 @pytest.mark.slow
-def test_worker_processes(tmp_path, monkeypatch, gpt2):  # noqa: F811
+def test_worker_processes(tmp_path, monkeypatch, gpt2):
     monkeypatch.setattr(text_to_bins, 'SMALL_SIZE', 0)
     monkeypatch.setattr(text_to_bins, 'BATCH_SIZE', 100)
     texts = [prose(n, seed=n) for n in range(60)]
@@ -138,7 +138,7 @@ def test_finished_batches_of_other_text_or_tokenizer_are_not_used(tmp_path):
     assert read(tmp_path, 'train') == [0, 0]
 
 
-def test_other_tokenizer_replaces_all_files(tmp_path, gpt2):  # noqa: F811
+def test_other_tokenizer_replaces_all_files(tmp_path, gpt2):
     write_bins(tmp_path, {'train': ['ab'], 'val': ['ab'], 'test': ['ab']}, AB, 6)
     write_bins(tmp_path, {'train': ['ab'], 'val': ['ab']}, BA, 4)
     assert read(tmp_path, 'train') == [1, 0]

@@ -7,7 +7,6 @@ import pytest
 import tiktoken
 import tokenizers
 import transformers
-from fake_gpt2 import gpt2  # noqa: F401
 
 from components.errors import UserError
 from components.tokenizer import (
@@ -52,7 +51,7 @@ def test_char_tokenizer_unknown_character():
         get_tokenizer(CHAR).encode('ayxa')
 
 
-def test_gpt2_tokenizer(gpt2):  # noqa: F811
+def test_gpt2_tokenizer(gpt2):
     tokenizer = get_tokenizer({'kind': 'gpt2'})
     text = "the cat\n\nit's \u00e9t\u00e9 42!"
     assert tokenizer.encode(text) == gpt2.encode_ordinary(text)
@@ -61,7 +60,7 @@ def test_gpt2_tokenizer(gpt2):  # noqa: F811
     assert tokenizer.end_of_text == 50256
 
 
-def test_gpt2_special_token(gpt2):  # noqa: F811
+def test_gpt2_special_token(gpt2):
     tokenizer = get_tokenizer({'kind': 'gpt2'})
     assert tokenizer.encode('<|endoftext|>', special=True) == [50256]
     assert tokenizer.encode('<|endoftext|>') == gpt2.encode_ordinary('<|endoftext|>')

@@ -27,6 +27,7 @@ from components.text_sources import (  # noqa: E402
 from components.text_to_bins import preparing, write_bins  # noqa: E402
 from components.tokenizer import DATA_DIR, get_tokenizer, hf_record  # noqa: E402
 
+# -----------------------------------------------------------------------------
 source = ''         # a file or a folder of .txt, .jsonl and .parquet files
 name = 'custom'     # the bins are written to data/<name>/
 tokenizer = 'gpt2'  # 'gpt2'; 'char' for a token per character; or a Hugging Face directory

@@ -20,6 +20,7 @@ from components.text_to_bins import preparing, write_bins  # noqa: E402
 
 _NUM_DOCUMENTS = 8_013_769
 
+# -----------------------------------------------------------------------------
 source = ''  # a local copy; '': the Hugging Face hub
 # -----------------------------------------------------------------------------
 

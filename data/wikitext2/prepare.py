@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from components.text_sources import load_rows, texts_of_rows  # noqa: E402
 from components.text_to_bins import preparing, write_bins  # noqa: E402
 
+# -----------------------------------------------------------------------------
 source = ''  # a local copy; '': the Hugging Face hub
 # -----------------------------------------------------------------------------
 
