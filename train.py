@@ -140,8 +140,8 @@ optimizers = optim.configure_optimizers(
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
 tokenizer = tokenizer_record(meta)
-checkpointer = Checkpointer(
-    config, raw_model, optimizers, scaler, tokenizer, job.name, print_master, master_process)
+checkpointer = Checkpointer(config, raw_model, optimizers, scaler, tokenizer,
+                            job=job.name, print_master=print_master, is_master=master_process)
 progress = {'tokens': 0, 'seconds': 0.0, 'loss': None}  # of training, over all resumes
 if source.kind == 'resume':
     with one_line_errors():
@@ -204,7 +204,7 @@ def num_adjacent_windows(split):
 
 
 def read_windows(split, starts):
-    """ Windows that begin at `starts` (B,) -> inputs and targets, int64 (B, T). """
+    """ Windows that begin at `starts` (B,) -> inputs and targets, int64 (B, T), on a CUDA GPU. """
     windows = torch.from_numpy(gather_windows(data[split], starts, block_size))  # (B, T + 1)
     if device_type == 'cuda':
         windows = windows.pin_memory().to(device, non_blocking=True)
@@ -245,7 +245,7 @@ def estimate_split_loss(split):
         losses.append(loss.float())
         num_rows.append(min(batch_size, num_windows - index * batch_size))  # without padding
     sums = torch.stack(losses).cpu().double() * torch.tensor(num_rows)
-    total = distributed.all_reduce_sum(sums.sum().to(device))
+    total = distributed.all_reduce_sum(sums.sum(), device)
     return total.item() / num_windows
 
 # -----------------------------------------------------------------------------
@@ -333,8 +333,9 @@ while True:
         loss_sum += loss.detach()
 
     # 4. clip the gradients and step, unless they or the loss are not finite
-    loss = monitor.reduce(loss_sum)
-    grad_norm = optim.clip_and_step(optimizers, scaler, raw_model.parameters(), loss, grad_clip)
+    total_loss = monitor.reduce(loss_sum)  # of all processes
+    grad_norm = optim.clip_and_step(
+        optimizers, scaler, raw_model.parameters(), total_loss, grad_clip)
     monitor.record(iter_num, grad_norm)
     timer.count_iteration()
 
@@ -355,8 +356,8 @@ while True:
     iter_num += 1
     monitor.check()
     if max_bad_steps > 0 and monitor.num_skipped_steps == max_bad_steps:
-        message = metrics.skipped_steps_summary(config, checkpointer, monitor)
-        distributed.shut_down(1, message if master_process else '')
+        print_master(metrics.skipped_steps_summary(config, checkpointer, monitor))
+        distributed.shut_down(1)
 
 if eval_only:
     print_master(metrics.perplexity_and_bits_per_byte(val_loss, tokenizer, data[eval_split]))

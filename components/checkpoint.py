@@ -194,8 +194,8 @@ def check_format(checkpoint, path):
             raise UserError(f'{path}: {key}={checkpoint[key]!r:.50} has a wrong type')
 
     args = checkpoint['model_args']
-    missing = [name for name in MODEL_ARGS if name not in args]
-    missing = [name for name in missing if name not in ('bias', 'dropout')]  # old files lack these
+    required = set(MODEL_ARGS) - {'bias', 'dropout'}  # which old files lack
+    missing = sorted(required - set(args))
     if missing:
         raise UserError(f'{path}: model_args lack {", ".join(missing)}')
     known = {field.name for field in dataclasses.fields(GPTConfig)}
@@ -207,9 +207,9 @@ def check_format(checkpoint, path):
 def load_weights(model, checkpoint, path):
     """ Copies a checkpoint's weights into `model`. Raises UserError with what does not fit. """
     weights = dict(checkpoint['model'])
-    buffers = set(model.state_dict())
+    known = set(model.state_dict())
     for key in checkpoint['model']:
-        if key.endswith('.attn.bias') and key not in buffers:  # a causal mask, from before torch 2
+        if key.endswith('.attn.bias') and key not in known:  # a causal mask, from before torch 2
             del weights[key]
     try:
         model.load_state_dict(weights)
@@ -243,11 +243,10 @@ def load_optimizers(optimizers, checkpoint, path):
                         f'(muon is used if muon_lr is above 0); {weights_alone}')
     for name, optimizer in optimizers.items():
         try:
-            state = fitting_state(optimizer, checkpoint[name])
+            optimizer.load_state_dict(fitting_state(optimizer, checkpoint[name]))
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f'{path}: its {name} is of a model with other parameters, or of '
                             f'another kind of optimizer; {weights_alone}') from None
-        optimizer.load_state_dict(state)
 
 
 def fitting_state(optimizer, saved):
@@ -264,7 +263,7 @@ def fitting_state(optimizer, saved):
         for i, p in zip(indices, group['params'], strict=True):
             saved_tensors = saved['state'].get(i, {})
             names = set(saved_tensors) - {'step'}
-            if names and moments is not None and names != set(moments):
+            if saved_tensors and moments is not None and names != set(moments):
                 raise ValueError(f'moments {names}')
             state[i] = {name: fitting_moment(tensor, p) for name, tensor in saved_tensors.items()}
     return {'state': state, 'param_groups': groups}
@@ -300,6 +299,8 @@ class Checkpointer:
         is_master: whether this process saves
 
     Attributes:
+        evaluated_iter, val_loss: iteration and validation loss of the latest evaluation
+        is_best: whether that was the best so far
         best_val_loss: the lowest validation loss so far
         best_val_iter: its iteration; None if unknown
         first_iter: the iteration at which this process begins
@@ -331,7 +332,7 @@ class Checkpointer:
         self.saved_iter = 0
         self.evaluated_iter = None
         self.val_loss = math.inf
-        self.is_best = False  # whether the latest evaluation was the best
+        self.is_best = False
         self.best_val_loss = math.inf
         self.best_val_iter = None
         self.saved_best = (math.inf, None)  # best_val_loss and best_val_iter on disk

@@ -31,13 +31,16 @@ def init_process_group(backend, rank, world_size, dtype):
     """
     Joins the other processes of the job.
 
-    Raises UserError where this machine selected another `dtype` than the first one: float16
-    gradients are scaled, and the sum with others would be wrong.
+    Raises UserError if variables of torchrun are missing, and if this machine selected another
+    `dtype` than the first one: float16 gradients are scaled, and their sum with others is wrong.
 
     Returns a Job.
     """
     restart_count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-    job_store, _, _ = next(dist.rendezvous('env://'))
+    try:
+        job_store, _, _ = next(dist.rendezvous('env://'))
+    except ValueError as error:  # variables are missing
+        raise UserError(f'{error}; start several processes with torchrun') from None
     # torchrun keeps this store over its restarts: the first process to come names the job
     name = job_store.compare_set('job', '', os.urandom(16).hex()).decode()
     # the addresses of processes that have ended stay under their own prefix
@@ -61,10 +64,12 @@ def broadcast(value):
     return values[0]
 
 
-def all_reduce_sum(tensor):
-    """ Adds a tensor up over all processes, in place, and returns it. """
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+def all_reduce_sum(tensor, device):
+    """ The sum of a tensor over all processes, on their `device`; alone, the tensor as it is. """
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.to(device)
+    dist.all_reduce(tensor)
     return tensor
 
 

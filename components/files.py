@@ -60,12 +60,13 @@ def lock_directory(folder):
         import fcntl
     except ImportError:
         return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks[folder] = descriptor
     except BlockingIOError:
+        os.close(descriptor)
         raise UserError(f'another run is writing to {folder}; end it, or choose another '
                         '--out_dir') from None
     except OSError:
-        return
-    _locks[folder] = descriptor
+        os.close(descriptor)

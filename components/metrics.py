@@ -191,10 +191,10 @@ class Timer:
         self.device_type = device_type
         self.dtype = dtype
         self.flops_per_iter = flops_per_iter
-        self.peak, peak_source = peak_flops(device_type, dtype)
-        self.measurements_left = self.PEAK_MEASUREMENTS - 1
-        if 'measured' not in peak_source:
-            self.measurements_left = 0
+        self.peak, _ = peak_flops(device_type, dtype)
+        self.measurements_left = 0
+        if device_type == 'cpu':
+            self.measurements_left = self.PEAK_MEASUREMENTS - 1
         self.seconds = seconds
         self.running_mfu = None
         self.num_iters = 0       # in all laps
@@ -208,7 +208,7 @@ class Timer:
 
     @contextmanager
     def paused(self):
-        """ Does not count the time of the block, and measures the peak once more in it. """
+        """ Does not count the time of the block. Measures the peak of a CPU again after it. """
         synchronize(self.device_type)
         self.seconds += time.perf_counter() - self.clock
         yield

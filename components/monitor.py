@@ -46,8 +46,9 @@ class StepMonitor:
     def reduce(self, loss):
         """ Sums the loss, and in the same message the signals, over all processes -> the loss. """
         has_signal = float(self.stop_signal.number > 0)
-        self.totals = torch.stack((loss, torch.full((), has_signal, device=self.device)))
-        return all_reduce_sum(self.totals)[0]
+        totals = torch.stack((loss, torch.full((), has_signal, device=self.device)))
+        self.totals = all_reduce_sum(totals, self.device)
+        return self.totals[0]
 
     def record(self, iter_num, grad_norm):
         """ Keeps the numbers of an update: those of `reduce`, and the norm of its gradients. """

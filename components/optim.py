@@ -91,7 +91,7 @@ def orthogonalize(X):
 
     Returns: (n, r, c)
     """
-    X /= X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT                                                    # (n, r, r)
         B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)           # (n, r, r)
@@ -134,8 +134,8 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
     if muon_lr > 0:
         blocks = model.transformer.h
         matrices = [p for p in blocks.parameters() if p.requires_grad and p.dim() == 2]
-        is_matrix = {id(p) for p in matrices}
-        params = [p for p in params if id(p) not in is_matrix]
+        matrix_ids = {id(p) for p in matrices}
+        params = [p for p in params if id(p) not in matrix_ids]
 
     decayed = [p for p in params if p.dim() >= 2]
     not_decayed = [p for p in params if p.dim() < 2]
@@ -183,7 +183,8 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     # 0 * inf and 0 * nan are nan: the norm then shows a loss that is not finite, too
     smallest = min(parameters, key=torch.numel)
     smallest.grad += 0 * loss
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or float('inf'))
+    max_norm = grad_clip if grad_clip > 0 else float('inf')
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     is_finite = torch.isfinite(norm)
     for optimizer in optimizers.values():
         checks_found_inf = getattr(optimizer, '_step_supports_amp_scaling', False)

@@ -24,17 +24,18 @@ def require(condition, message):
         raise UserError(message)
 
 
-def require_at_least(settings, minimum, *names):
+def require_at_least(s, minimum, *names):
     for name in names:
-        value = settings[name]
+        value = getattr(s, name)
         require(value >= minimum, f'{name}={value} must be at least {minimum}')
 
 
 def check_common(s):
     """ The rules that all scripts share. """
     require(0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1')
-    require(not s.compile or has_compiler(),
-            'compile=True requires a C++ compiler, which is not installed; --compile=False')
+    if s.compile:
+        require(has_compiler(),
+                'compile=True requires a C++ compiler, which is not installed; --compile=False')
 
 
 def model_config(**args):
@@ -43,7 +44,6 @@ def model_config(**args):
         return GPTConfig(**args)
     except ValueError as error:
         raise UserError(str(error)) from None
-
 
 
 def new_model_config(settings, vocab_size):
@@ -73,16 +73,15 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
     """
     s = SimpleNamespace(**settings)
     check_common(s)
-    check_schedule(settings)
-    check_optimizer(settings)
-    check_batches(settings, world_size)
+    check_schedule(s)
+    check_optimizer(s)
+    check_batches(s, world_size)
     check_processes(s, device_type, ddp, local_world_size)
     check_output(s)
 
 
-def check_schedule(settings):
-    s = SimpleNamespace(**settings)
-    require_at_least(settings, 0, 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters',
+def check_schedule(s):
+    require_at_least(s, 0, 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters',
                      'eval_interval', 'log_interval', 'checkpoint_interval', 'max_bad_steps',
                      'min_lr')
     require(0 <= s.learning_rate < float('inf'),
@@ -97,18 +96,17 @@ def check_schedule(settings):
             f'lr_decay_iters={s.lr_decay_iters}; lower cooldown_iters')
 
 
-def check_optimizer(settings):
-    s = SimpleNamespace(**settings)
-    require_at_least(settings, 0, 'grad_clip', 'weight_decay', 'muon_lr')
+def check_optimizer(s):
+    require_at_least(s, 0, 'grad_clip', 'weight_decay', 'muon_lr')
     for name in ('beta1', 'beta2', 'dropout'):
-        require(0 <= settings[name] < 1, f'{name}={settings[name]} must be at least 0 and below 1')
+        value = getattr(s, name)
+        require(0 <= value < 1, f'{name}={value} must be at least 0 and below 1')
     require(s.muon_lr == 0 or s.learning_rate > 0,
             'muon_lr requires a learning_rate above 0 for the parameters that are not matrices')
 
 
-def check_batches(settings, world_size):
-    s = SimpleNamespace(**settings)
-    require_at_least(settings, 1, 'batch_size', 'block_size')
+def check_batches(s, world_size):
+    require_at_least(s, 1, 'batch_size', 'block_size')
     require(s.batch_size * s.block_size <= 2**30,
             f'batch_size={s.batch_size} with block_size={s.block_size} would run out of memory; '
             'lower batch_size')
@@ -124,18 +122,19 @@ def check_batches(settings, world_size):
 def check_processes(s, device_type, ddp, local_world_size):
     require(s.backend in ('nccl', 'gloo'),
             f"backend={s.backend!r} must be 'auto', 'nccl' or 'gloo'")
-    require(not ddp or s.backend != 'nccl' or device_type == 'cuda',
-            f"backend='nccl' is not available on {device_type}; --backend=auto selects another")
-    require(not ddp or device_type != 'mps',
-            'several processes cannot share an Apple GPU; --device=cpu')
-    num_gpus = torch.cuda.device_count()
-    require(device_type != 'cuda' or local_world_size <= num_gpus,
-            f'{local_world_size} processes on a machine with {num_gpus} GPUs')
+    if ddp:
+        require(s.backend == 'gloo' or device_type == 'cuda',
+                f"backend='nccl' is not available on {device_type}; --backend=auto selects another")
+        require(device_type != 'mps', 'several processes cannot share an Apple GPU; --device=cpu')
+    if device_type == 'cuda':
+        num_gpus = torch.cuda.device_count()
+        require(local_world_size <= num_gpus,
+                f'{local_world_size} processes on a machine with {num_gpus} GPUs')
 
 
 def check_output(s):
-    require(not s.wandb_log or find_spec('wandb') is not None,
-            'wandb_log=True requires wandb: pip install wandb')
+    if s.wandb_log:
+        require(find_spec('wandb') is not None, 'wandb_log=True requires wandb: pip install wandb')
     require(s.out_dir != '', "out_dir='' is not a folder; --out_dir=out")
     if not os.path.exists(s.out_dir):
         return
@@ -185,8 +184,8 @@ def check_sample(settings):
     """ The rules for sample.py. """
     s = SimpleNamespace(**settings)
     check_common(s)
-    require_at_least(settings, 0, 'max_new_tokens', 'top_k')
-    require_at_least(settings, 1, 'num_samples')
+    require_at_least(s, 0, 'max_new_tokens', 'top_k')
+    require_at_least(s, 1, 'num_samples')
     require(0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0')
     require(0 < s.top_p <= 1, f'top_p={s.top_p} must be above 0 and at most 1, which disables it')
     require(0 <= s.min_p <= 1, f'min_p={s.min_p} must be from 0, which disables it, to 1')
@@ -196,10 +195,11 @@ def check_sample(settings):
             f"past_block={s.past_block!r} must be 'exact' or 'half'")
     require(s.quantize in ('', 'int8'), f"quantize={s.quantize!r} must be 'int8', or '' for none")
     device_type = s.device.partition(':')[0]
-    require(not s.quantize or has_fbgemm(device_type),
-            f"quantize='int8' is not available on {s.device}; it requires an x86 CPU")
-    require(not s.interactive or s.start == '\n',
-            'interactive=True asks for prompts itself; leave --start out')
+    if s.quantize:
+        require(has_fbgemm(device_type),
+                f"quantize='int8' is not available on {s.device}; it requires an x86 CPU")
+    if s.interactive:
+        require(s.start == '\n', 'interactive=True asks for prompts itself; leave --start out')
     if not s.out:
         return
     folder = os.path.dirname(s.out) or '.'
@@ -213,5 +213,6 @@ def check_bench(settings):
     check_common(s)
     require(s.mode in ('step', 'compare', 'sample', 'estimate'),
             f"mode={s.mode!r} must be 'step', 'compare', 'sample' or 'estimate'")
-    require_at_least(settings, 1, 'max_new_tokens', 'batch_size', 'gradient_accumulation_steps',
+    require_at_least(s, 1, 'max_new_tokens', 'batch_size', 'gradient_accumulation_steps',
                      'max_iters')
+    require_at_least(s, 0, 'muon_lr')

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -158,4 +159,13 @@ def script_globals(monkeypatch, tmp_path):
         names = {'__name__': '__main__', '__file__': str(ROOT / name)}
         exec(compile((ROOT / name).read_text(), name, 'exec'), names)
         return names
-    return execute
+
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # which scripts replace
+    handlers = {}
+    for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
+        number = getattr(signal, name, None)  # Windows has only some of them
+        if number is not None:
+            handlers[number] = signal.getsignal(number)
+    yield execute
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -429,6 +429,13 @@ def test_optimizer_of_another_kind(path, saved, tiny):
     assert 'another kind of optimizer' in message
 
 
+def test_adamw_without_step_counts(path, saved, tiny):
+    for state in saved['optimizer']['state'].values():
+        del state['step']
+    message = error_of(load_optimizers, new_optimizers(tiny), saved, path)
+    assert f'--init_from={path} loads its weights alone' in message
+
+
 @pytest.mark.parametrize('state', [
     pytest.param({'param_groups': 3, 'state': {}}, id='groups'),
     pytest.param({'param_groups': [3, 4], 'state': {}}, id='group'),

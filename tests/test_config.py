@@ -142,14 +142,18 @@ def commands_in(text):
 
 
 def documented_commands():
-    for path in (ROOT / 'README.md', *CONFIG_FILES, *sorted(ROOT.glob('data/*/readme.md'))):
-        name = path.relative_to(ROOT)
+    """ The commands in the README, in config files and in the readmes of datasets. """
+    paths = [ROOT / 'README.md', *CONFIG_FILES, *sorted(ROOT.glob('data/*/readme.md'))]
+    cases = []
+    for path in paths:
         for command in commands_in(path.read_text()):
-            yield pytest.param(command, id=f'{name}: {" ".join(command)}')
+            name = f'{path.relative_to(ROOT)}: {" ".join(command)}'
+            cases.append(pytest.param(command, id=name))
+    return cases
 
 
 @pytest.mark.parametrize('command', documented_commands())
-def test_documented_command(script_globals, monkeypatch, command):
+def test_documented_command(script_globals, command):
     """ Its script and its config files exist, and its settings as well. """
     script, *arguments = command
     arguments = [str(ROOT / word) if word.startswith('config/') else word for word in arguments]
@@ -175,8 +179,8 @@ def test_scripts_run_from_any_folder(tmp_path, dataset):
     text, _ = run('sample.py', cwd=tmp_path, num_samples=3, max_new_tokens=30, start='the cat')
     assert text.count('---------------\n') == 3
     assert text.count('the cat') >= 3
-    run('plot.py', 'out', cwd=tmp_path)
-    assert (tmp_path / 'loss.png').exists()
+    run('plot.py', 'out', cwd=tmp_path, file='losses.svg')
+    assert (tmp_path / 'losses.svg').exists()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ All tests run the script itself: `trainer` in this process, `train` in a new one
 """
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,8 +145,7 @@ def test_batches_do_not_change_the_random_numbers_of_torch(trainer):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_first_and_last_window(trainer):
-    """ In a split of one token more than a window, there are no others. """
+def test_shortest_split_has_one_window(trainer):
     names = trainer()
     names['data']['train'] = names['data']['train'][:17]
     _, y = names['get_batch']('train', 0, 0)
@@ -211,11 +211,23 @@ def test_model_is_in_training_mode_after_an_evaluation(trainer):
     assert names['raw_model'].training
 
 
+def test_evaluation_sends_no_float64_to_the_device(trainer, monkeypatch):
+    """ Apple GPUs do not have it. """
+    names = trainer()
+    to = torch.Tensor.to
+
+    def to_mps(tensor, *args, **kwargs):
+        assert tensor.dtype != torch.float64
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, 'to', to_mps)
+    names['estimate_loss']()
+
+
 def test_evaluation_of_another_split(trainer, dataset, tmp_path, capsys):
-    for split in ('train', 'test'):
-        source = 'val' if split == 'test' else split
-        (tmp_path / f'{split}.bin').write_bytes((dataset / f'{source}.bin').read_bytes())
-    (tmp_path / 'meta.pkl').write_bytes((dataset / 'meta.pkl').read_bytes())
+    shutil.copy(dataset / 'meta.pkl', tmp_path)
+    shutil.copy(dataset / 'train.bin', tmp_path)
+    shutil.copy(dataset / 'val.bin', tmp_path / 'test.bin')
     val_loss = trainer()['estimate_loss']()['val']
     losses = trainer(dataset=tmp_path, eval_split='test', eval_only=True)['losses']
     assert losses['test'] == val_loss
@@ -435,8 +447,8 @@ def test_printed_lines_of_nanogpt(finished_run, line):
 
 
 def test_dataset_without_meta_has_the_vocabulary_of_gpt2(trainer, dataset, tmp_path):
-    for split in ('train', 'val'):
-        (tmp_path / f'{split}.bin').write_bytes((dataset / f'{split}.bin').read_bytes())
+    shutil.copy(dataset / 'train.bin', tmp_path)
+    shutil.copy(dataset / 'val.bin', tmp_path)
     model = trainer(dataset=tmp_path)['raw_model']
     assert model.config.vocab_size == 50304  # padded, as in nanoGPT's checkpoints
 
