@@ -108,15 +108,19 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
                 put(key, names[key], path)
 
     def print_help():
-        """ Prints the docstring, and the block of settings, which stands between two rulers. """
+        """ Prints the docstring, and the settings down to a line of dashes or the configurator. """
         with open(settings['__file__'], encoding='utf-8') as file:
-            blocks = file.read().split('# ' + 77 * '-')
+            lines = file.read().split('\n')
         print((settings['__doc__'] or '').strip())
-        for block in blocks:
-            assigned = {line.split(' = ')[0] for line in block.split('\n')}
-            if assigned & set(defaults):
-                print(block.rstrip())
+        first = 0
+        while first < len(lines) and lines[first].split(' = ')[0] not in defaults:
+            first += 1
+        while lines[first - 1].startswith('#') and not lines[first - 1].startswith('# ---'):
+            first -= 1  # the comment above
+        for line in lines[first:]:
+            if line.startswith('# ---') or 'configurator.py' in line:
                 break
+            print(line)
         sys.exit(0)
 
     def apply_argument(argument):

@@ -191,9 +191,9 @@ class Timer:
         self.device_type = device_type
         self.dtype = dtype
         self.flops_per_iter = flops_per_iter
-        self.peak, _ = peak_flops(device_type, dtype)
+        self.peak, peak_source = peak_flops(device_type, dtype)
         self.measurements_left = 0
-        if device_type == 'cpu':
+        if device_type == 'cpu' and 'measured' in peak_source:
             self.measurements_left = self.PEAK_MEASUREMENTS - 1
         self.seconds = seconds
         self.running_mfu = None

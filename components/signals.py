@@ -37,13 +37,14 @@ class StopSignal:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.number and time.monotonic() - self.first_time > GRACE_SECONDS:
+        now = time.monotonic()
+        if self.number and now - self.first_time > GRACE_SECONDS:
             os._exit(128 + number)
         self.received.append(number)
         if len(self.received) > 1:  # a signal may interrupt this handler at any line
             return
+        self.first_time = now
         self.number = number
-        self.first_time = time.monotonic()
         if self.is_master:
             # os.write instead of print, which the signal may have interrupted
             message = f'{self.name}: stopping after this iteration or evaluation\n'
