@@ -9,7 +9,7 @@ what a model of some size needs.
     python bench.py --mode=estimate --n_layer=24 --n_head=16 --n_embd=1024
     python bench.py --profile=True    writes ./bench_log/*.json for chrome://tracing and TensorBoard
 
-Settings are the variables below: set them with --key=value, or in a file named before it.
+Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
 import components.openmp  # noqa: F401, I001  it must come before torch
 
@@ -65,7 +65,7 @@ profile = False          # write a trace of five steps to ./bench_log
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
-PATIENCE = 180  # seconds; a measurement that would take longer is announced, and has fewer steps
+MAX_SECONDS = 180  # if a measurement would take longer, fewer steps are timed
 
 with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile, training=mode != 'sample')
@@ -227,9 +227,9 @@ def bench_step(model):
     timed = 20
     traced = 5
     expected = len(variants) * flops / peak / 0.3  # seconds, if it reaches 30% of the peak
-    if (warm_up + timed + traced) * expected > PATIENCE:
+    if (warm_up + timed + traced) * expected > MAX_SECONDS:
         warm_up = 1
-        timed = min(20, max(3, int(PATIENCE / expected) - 1))
+        timed = min(20, max(3, int(MAX_SECONDS / expected) - 1))
         traced = 1
         minutes = (warm_up + timed + traced) * expected / 60
         print(f'a step may take {expected:.0f} s: {warm_up} to warm up and {timed} timed '
@@ -388,7 +388,7 @@ def print_sampling_speed(methods, times, bandwidth):
 with torch.device('meta'):
     model = GPT(gpt_config)  # to count parameters and FLOPs; its tensors have shapes and no memory
 compiled = 'compiled' if compile else 'not compiled'
-print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M, position embedding left out')
+print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M, without the position embedding')
 print(f'device: {device}, {dtype}, {compiled}, {torch.get_num_threads()} threads')
 use_device(device, dtype)
 

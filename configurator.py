@@ -32,7 +32,7 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
     defaults = settings_in(settings)
 
     def convert(key, value):
-        """ A value in the type of the setting's default, where nothing is lost by that. """
+        """ Converts a value to the type of the setting's default, if that is lossless. """
         kind = type(defaults[key])
         if getattr(value, 'shape', None) == ():  # a NumPy number; checkpoints hold Python's
             value = value.item()
@@ -49,7 +49,7 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
         value = convert(key, value)
         is_choice = defaults[key] == 'auto' and type(value) is bool
         if type(value) is not kind and not is_choice:
-            descriptions = {bool: 'True or False', int: 'a whole number', float: 'a number',
+            descriptions = {bool: 'True or False', int: 'an integer', float: 'a number',
                             str: 'a string'}
             refuse(f'{source}: {key} requires {descriptions[kind]}, not {value!r}')
         settings[key] = value
@@ -131,7 +131,7 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
         elif not is_flag and not equals:
             apply_config_file(argument)
         elif not is_flag or not equals:
-            refuse(f'cannot read {argument!r}; a setting is given as --key=value')
+            refuse(f'unrecognized argument {argument!r}; set a setting with --key=value')
         elif key not in defaults:
             nearest = get_close_matches(key, defaults, 1, 0)
             hint = ''

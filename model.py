@@ -37,7 +37,7 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+                raise ValueError(f'{name}={value!r} must be an integer of at least 1')
         if self.n_embd % self.n_head != 0:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         if not 0 <= self.dropout < 1:
@@ -79,7 +79,7 @@ def apply_rope(x, cos, sin):
     """
     Rotary position embeddings (RoPE, arXiv 2104.09864): rotates each pair (x[i], x[i + hs/2]) of
     x (B, T, ..., hs) by minus the angle of its position. The product of a rotated query and a
-    rotated key depends on the distance of their positions alone.
+    rotated key depends only on the distance between their positions.
     """
     swapped_halves = x.roll(x.shape[-1] // 2, dims=-1)
     return x * cos + swapped_halves * sin
@@ -93,7 +93,8 @@ class CausalSelfAttention(nn.Module):
         rope: cos and sin of the positions, ([B,] T, 1, 1, hs) each, or None without RoPE
         cache: a KVCache with the keys and values of earlier tokens, which those of x extend
         mask: bool (B, 1, T, all keys), True where a query attends to a key; None: the causal mask
-        last_only: whether to compute the last position alone, (B, 1, C)
+        last_only: whether to compute the last position alone, (B, 1, C); in the last block this
+            saves most of the work when sampling
     """
 
     def __init__(self, config):
@@ -110,7 +111,8 @@ class CausalSelfAttention(nn.Module):
         if qkv.device.type == 'cpu' and qkv.dtype.itemsize == 2:
             # on a CPU, attention is slower in 16 bits than in 32
             with torch.autocast('cpu', enabled=False):
-                y = self.attend(qkv.float(), rope, cache, mask, last_only).to(qkv.dtype)
+                y = self.attend(qkv.float(), rope, cache, mask, last_only)
+                y = y.to(qkv.dtype)
         else:
             y = self.attend(qkv, rope, cache, mask, last_only)
         return self.resid_dropout(self.c_proj(y))                           # (B, T or 1, C)
@@ -120,10 +122,13 @@ class CausalSelfAttention(nn.Module):
         qkv = qkv.unflatten(2, (3, self.n_head, -1))                        # (B, T, 3, nh, hs)
         q, k, v = qkv.unbind(2)                                             # (B, T, nh, hs)
         if rope is not None or self.qk_norm:
-            q, k = self.rotate_and_normalize(qkv[:, :, :2], rope).type_as(v).unbind(2)
+            qk = self.rotate_and_normalize(qkv[:, :, :2], rope)             # (B, T, 2, nh, hs)
+            q, k = qk.type_as(v).unbind(2)                                  # (B, T, nh, hs)
         if last_only:
             q = q[:, -1:]                                                   # (B, 1, nh, hs)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, nh, T, hs)
+        q = q.transpose(1, 2)                                               # (B, nh, T or 1, hs)
+        k = k.transpose(1, 2)                                               # (B, nh, T, hs)
+        v = v.transpose(1, 2)                                               # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(k, v)                                       # (B, nh, all, hs)
         if mask is not None and last_only:
@@ -132,8 +137,9 @@ class CausalSelfAttention(nn.Module):
         is_causal = False  # a single query attends to all keys
         if mask is None and q.shape[2] > 1:  # by an `if`, as torch.compile requires a plain bool
             is_causal = True
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
         return y.transpose(1, 2).flatten(2)                                 # (B, T or 1, C)
 
     def rotate_and_normalize(self, qk, rope):
@@ -161,7 +167,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """ Attention and MLP, each behind a norm and added to the residual stream. """
+    """ Pre-norm block: attention and MLP, each with a norm before it and a residual connection. """
 
     def __init__(self, config):
         super().__init__()
@@ -221,8 +227,8 @@ class GPT(nn.Module):
         Args:
             idx: int64 (B, T), token ids
             targets: int64 (B, T), the token that follows each position; the loss ignores -1
-            cache: KVCaches from new_cache(), extended by idx. The call after it takes the next
-                token of each row alone, (B, 1)
+            cache: KVCaches from new_cache(), extended by idx. Once they hold tokens, idx must
+                be one new token per row, (B, 1)
             pad: int64 (B,), the number of padding tokens that each row begins with; no other
                 token attends to them
 
@@ -237,7 +243,7 @@ class GPT(nn.Module):
         end = start + T
         if end > self.config.block_size:
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
-        assert T == 1 or start == 0, 'a cache that is not empty takes one token at a time'
+        assert T == 1 or start == 0, 'with a non-empty cache, idx must have one token per row'
 
         positions = torch.arange(start, end, device=idx.device)             # (T,)
         mask = None
@@ -299,7 +305,7 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """
         FLOPs of forward and backward for one token of a sequence of T: 6 N + 12 L H Q T (PaLM,
-        arXiv 2204.02311, appendix B) with N parameters, L layers and H heads of size Q.
+        arXiv 2204.02311, appendix B) with N parameters, L layers and H heads of size Q; H Q = C.
         """
         n = self.get_num_params()
         if self.config.untied:
@@ -344,6 +350,8 @@ class KVCache:
     def __init__(self, size):
         self.size = size
         self.length = 0  # tokens in the cache
+        self.k = None    # (B, nh, size, hs), made by the first extend()
+        self.v = None
 
     def extend(self, k, v):
         """ Appends k and v (B, nh, T, hs) -> those of all tokens, (B, nh, length, hs). """

@@ -4,7 +4,7 @@ Plots the losses of runs, from the log.csv in their folders, as one picture.
     python plot.py out-shakespeare-char                        writes out-shakespeare-char/loss.png
     python plot.py out-a out-b --x=seconds --file=losses.svg
 
-Settings are the variables below: set them with --key=value, or in a file named before it.
+Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
 import csv
 import os
@@ -38,7 +38,7 @@ def read_log(folder):
 
 
 def points(rows, column):
-    """ Of the rows that have a loss in `column`: their places on the x axis, and the losses. """
+    """ The x values and the losses of the rows that have a loss in `column`. """
     rows = [row for row in rows if row[x] and row[column]]
     places = [float(row[x]) for row in rows]
     losses = [float(row[column]) for row in rows]

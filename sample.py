@@ -5,7 +5,7 @@ Samples texts from a trained model.
     python sample.py --init_from=gpt2-xl --start="What is AI?" --num_samples=5 --stream=True
     python sample.py --start=LINES:prompts.txt --num_samples=1 --temperature=0 --out=samples.jsonl
 
-Settings are the variables below: set them with --key=value, or in a file named before it.
+Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
 import components.openmp  # noqa: F401, I001  it must come before torch
 
@@ -39,7 +39,7 @@ past_block = 'exact'   # past block_size tokens, the model reads the last block_
                        # each token; half: from half a block to a block with a KV cache, far faster
 # the next token is sampled among
 temperature = 0.8      # below 1.0: likely tokens more often; above: less often; 0: the most likely
-top_k = 200            # so many of the most likely tokens; 0: all
+top_k = 200            # this number of the most likely tokens; 0: all
 top_p = 1.0            # the fewest most likely tokens with this total probability; 1.0: all
 min_p = 0.0            # tokens with this fraction of the most likely one's probability; 0.0: all
 repetition_penalty = 1.0  # above 1.0: tokens that the text already has are less likely; 1.0: off
@@ -50,7 +50,7 @@ interactive = False    # ask for prompts and print a sample of each, until Ctrl-
 out = ''               # also write the samples to this file, one line of JSON each; '': off
 device = 'auto'        # cuda, cuda:1, mps or cpu; auto: the first of these that is available
 dtype = 'auto'         # of the weights: float32, bfloat16 or float16; auto: 16 bits on CUDA and x86
-quantize = ''          # int8: weights in 8 bits, on an x86 CPU; '': in dtype
+quantize = ''          # int8: dynamic int8 quantization, on an x86 CPU; '': off
 compile = False        # torch.compile: minutes at first, then faster on a GPU
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())

@@ -7,12 +7,13 @@ Trains a GPT: from scratch, from a checkpoint, or from GPT-2's weights; in one p
         train.py config/train_gpt2.py
     (the same with --node_rank=1 on the other machine; all machines must see the same files)
 
-Settings are the variables below: set them with --key=value, or in a file named before it.
+Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
 import components.openmp  # noqa: F401, I001  it must come before torch
 
 import math
 import os
+import sys
 import time
 from itertools import count
 
@@ -41,10 +42,10 @@ eval_only = False             # evaluate once, write nothing to out_dir, and exi
 eval_split = 'val'            # evaluated beside train; with eval_only also another, such as test
 always_save_checkpoint = True  # ckpt.pt is the latest; False: the best, and ckpt_last.pt the latest
 checkpoint_interval = 0       # iterations between saves without an evaluation; 0: none
-max_bad_steps = 10            # end after so many skipped updates (NaN or inf) in a row; 0: never
+max_bad_steps = 10            # skipped updates (NaN or inf) in a row that end the run; 0: never
 init_from = 'scratch'         # scratch; resume (from out_dir); auto (resume if possible);
                               # gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face directory;
-                              # namespace/name on the hub; or a checkpoint file (its weights alone)
+                              # namespace/name on the hub; or a checkpoint file (only its weights)
 seed = 1337                   # of the initial weights, the batches and dropout
 # Weights & Biases
 wandb_log = False
@@ -60,14 +61,14 @@ n_layer = 12
 n_head = 12
 n_embd = 768                  # a multiple of n_head
 dropout = 0.0                 # 0 for pretraining, 0.1 or more for small datasets
-bias = False                  # in linear layers and layer norms, as GPT-2 has them
-# newer than GPT-2: config/*_fast.py set these, config/readme.md has what each brings
+bias = False                  # True: biases in linear layers and layer norms, as in GPT-2
+# newer than GPT-2: config/*_fast.py set these, config/readme.md has ablations
 rotary = False                # rotary position embeddings (RoPE) instead of learned ones
-rmsnorm = False               # RMSNorm without gains, also after the embedding
+rmsnorm = False               # RMSNorm without weights, and one more after the embedding
 qk_norm = False               # normalized queries and keys
-untied = False                # lm_head has weights of its own, not those of the token embedding
+untied = False                # untied embeddings: lm_head and token embedding share no weights
 muon_lr = 0.0                 # peak learning rate of Muon, for the blocks' matrices; 0: AdamW
-cooldown_iters = 0            # iterations of linear cooldown after a constant rate; 0: cosine decay
+cooldown_iters = 0            # iterations of linear cooldown (constant before it); 0: cosine decay
 # AdamW
 learning_rate = 6e-4          # the peak
 max_iters = 600000            # number of updates in total
@@ -108,7 +109,7 @@ install_excepthook(config, ddp)
 if ddp and device_type == 'cuda':
     device = f'cuda:{local_rank}'
 autocast = use_device(device, dtype)
-job = distributed.Job()
+job = distributed.Job()  # without torchrun
 if ddp:
     with one_line_errors():
         job = distributed.init_process_group(backend, rank, world_size, dtype)
@@ -123,7 +124,8 @@ with one_line_errors():
     data = {split: open_bin(dataset, split, block_size, vocab_size) for split in splits}
 
     resolved = resolve_init_from(init_from, out_dir, eval_only, job)
-    source = distributed.broadcast(find_model(resolved, out_dir, best=eval_only))
+    source = find_model(resolved, out_dir, best=eval_only)
+    source = distributed.broadcast(source)  # one answer, even if files change meanwhile
     torch.manual_seed(seed)
     checkpoint = None
     if source.kind == 'scratch':
@@ -150,41 +152,59 @@ checkpoint = None  # frees its memory
 iter_num = checkpointer.first_iter
 
 if master_process:
-    num_processes = world_size if ddp else 0
     summary = metrics.opening_summary(
-        config, source, checkpointer, raw_model, len(data['train']), num_processes)
-    print_master('\n'.join([*config_overrides, *summary]))  # noqa: F821  configurator.py sets it
+        config, source, checkpointer, raw_model, len(data['train']), world_size)
+    for line in [*config_overrides, *summary]:  # noqa: F821  configurator.py sets it
+        print_master(line)
 
-model = raw_model
 if compile:
     model = torch.compile(raw_model)
 eval_model = model  # without DDP
 if ddp:
     device_ids = [local_rank] if device_type == 'cuda' else None
-    model = DDP(model, device_ids, forward_sync_buffers=False)
+    model = DDP(model, device_ids, forward_sync_buffers=False)  # buffers are constant
 
 # -----------------------------------------------------------------------------
 # batches
 
+micro_batches = range(rank, gradient_accumulation_steps, world_size)  # of this process
+
+# the uses of random numbers, each with generators of its own
+TRAINING, EVALUATION, DROPOUT = range(3)
+
+
 def get_batch(split, index=0, iter_num=None):
     """
-    Reads micro-batch `index` of iteration `iter_num`, or without `iter_num` of every evaluation.
-    Its windows start at random places, which are a function of the arguments and the seed.
+    Reads micro-batch `index` of iteration `iter_num`, or, without it, batch `index` of an
+    evaluation. The windows start at random positions, a function of the arguments and the seed.
 
     Returns inputs and targets, int64 (B, T).
     """
     if iter_num is None:
-        key = (seed, 1, split != 'train', index)
+        rng = np.random.default_rng((seed, EVALUATION, split != 'train', index))
     else:
-        key = (seed, 0, iter_num, index)
-    num_starts = len(data[split]) - block_size
-    starts = np.random.default_rng(key).integers(num_starts, size=batch_size)
+        rng = np.random.default_rng((seed, TRAINING, iter_num, index))
+    starts = rng.integers(len(data[split]) - block_size, size=batch_size)  # (B,)
     return read_windows(split, starts)
+
+
+def training_calls(first_iter):
+    """ Arguments of get_batch() for all micro-batches of this process from `first_iter` on. """
+    for it in count(first_iter):
+        for index in micro_batches:
+            yield 'train', index, it
+
+
+def seed_dropout(iter_num, index):
+    """ Makes the dropout of a micro-batch a function of the seed and its place in training. """
+    if dropout > 0:
+        rng = np.random.default_rng((seed, DROPOUT, iter_num, index))
+        torch.manual_seed(int(rng.integers(2**63)))
 
 
 def get_adjacent_batch(split, index):
     """
-    Reads batch `index` of the windows of a split side by side, for eval_iters=-1. After the last
+    Reads batch `index` of the adjacent windows of a split, for eval_iters=-1. After the last
     window the batch is padded: targets of -1 are ignored by the loss.
 
     Returns inputs and targets, int64 (B, T).
@@ -193,18 +213,22 @@ def get_adjacent_batch(split, index):
     is_padding = window_numbers >= num_adjacent_windows(split)
     starts = np.where(is_padding, 0, window_numbers * block_size)
     x, y = read_windows(split, starts)
-    y[torch.from_numpy(is_padding).to(y.device)] = -1
+    padded_rows = torch.from_numpy(is_padding).to(y.device)
+    y[padded_rows] = -1
     return x, y
 
 
 def num_adjacent_windows(split):
-    """ All of the validation split; of the training split as many at most. """
+    """ The number of adjacent windows; for train, at most as many as eval_split has. """
     num_tokens = min(len(data[split]), len(data[eval_split]))
     return (num_tokens - 1) // block_size
 
 
 def read_windows(split, starts):
-    """ Windows that begin at `starts` (B,) -> inputs and targets, int64 (B, T), on a CUDA GPU. """
+    """
+    Windows that begin at `starts` (B,) -> inputs and targets, int64 (B, T). With CUDA they are on
+    the GPU.
+    """
     windows = torch.from_numpy(gather_windows(data[split], starts, block_size))  # (B, T + 1)
     if device_type == 'cuda':
         windows = windows.pin_memory().to(device, non_blocking=True)
@@ -236,7 +260,7 @@ def estimate_split_loss(split):
     num_batches = math.ceil(num_windows / batch_size)
     indices = range(rank, num_batches, world_size)
     hide_bar = None if master_process else True  # None: shown on a terminal
-    losses = [torch.zeros((), device=device)]  # a process may have no batch
+    losses = [torch.zeros((), device=device)]  # a zero, because a process may have no batch
     num_rows = [0]
     for index in tqdm(indices, f'loss of {split}', delay=2, leave=False, disable=hide_bar):
         X, Y = read_batch(split, index)
@@ -254,7 +278,7 @@ def estimate_split_loss(split):
 def get_lr(it):
     """
     Learning rate of iteration `it`: linear warmup, then cosine decay (arXiv 1608.03983), or with
-    cooldown_iters a constant rate and a linear cooldown (arXiv 2405.18392).
+    cooldown_iters a constant learning rate and a linear cooldown (arXiv 2405.18392).
     """
     if not decay_lr:
         return learning_rate
@@ -266,7 +290,8 @@ def get_lr(it):
         share = min(1, (lr_decay_iters - it) / cooldown_iters)
         return min_lr + share * (learning_rate - min_lr)
     decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
+    share = 0.5 * (1 + math.cos(math.pi * decay_ratio))  # from 1 to 0
+    return min_lr + share * (learning_rate - min_lr)
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -275,18 +300,17 @@ with one_line_errors():
     log = metrics.Log(config, checkpointer.run_id, iter_num, progress['tokens'], tokenizer,
                       is_resumed=source.kind == 'resume', is_active=master_process)
 
-micro_batches = range(rank, gradient_accumulation_steps, world_size)  # of this process
-calls = (('train', index, it) for it in count(iter_num) for index in micro_batches)
-batches = prefetch(get_batch, calls, device, dtype)
+batches = prefetch(get_batch, training_calls(iter_num), device, dtype)
 if ddp and not eval_only:
-    distributed.warm_up_ddp_buckets(model, *get_batch('train'), autocast)
+    X, Y = get_batch('train')
+    distributed.warm_up_ddp_buckets(model, X, Y, autocast)
 
 tokens_per_iter = settings.tokens_per_iter(config)
 flops_per_iter = tokens_per_iter * raw_model.flops_per_token(block_size)
 timer = metrics.Timer(device_type, dtype, flops_per_iter / world_size, progress['seconds'])
 stop_signal = StopSignal(master_process)
 if not eval_only:
-    stop_signal.listen()  # from here on, an iteration is finished and saved first
+    stop_signal.listen()  # from here on, a signal ends the run after an iteration and a save
 monitor = StepMonitor(device, scaler, stop_signal, print_master, progress['loss'])
 start_time = time.perf_counter()
 
@@ -295,74 +319,81 @@ while True:
     lr = get_lr(iter_num)
     optim.set_learning_rate(optimizers, lr)
 
-    # 2. evaluate and save; end after the last update or on a signal
-    is_last = eval_only or iter_num >= max_iters
+    # 2. evaluate
+    is_finished = eval_only or iter_num >= max_iters
     is_due = eval_interval > 0 and iter_num % eval_interval == 0
-    should_evaluate = (is_last or is_due) and not monitor.is_stopping
+    should_evaluate = (is_finished or is_due) and not monitor.is_stopping
     if should_evaluate:
         with timer.paused():
             losses = estimate_loss()
             val_loss = losses[eval_split]
-            print_master(f"step {iter_num}: train loss {losses['train']:.4f}, "
+            print_master(f'step {iter_num}: train loss {losses["train"]:.4f}, '
                          f'{eval_split} loss {val_loss:.4f}')
             checkpointer.note_evaluation(iter_num, val_loss)
             log.log_evaluation(iter_num, losses, lr, timer.running_mfu, raw_model, data[eval_split])
-    should_save = not eval_only and checkpointer.should_save(
+
+    # 3. save
+    should_save = checkpointer.should_save(
         iter_num, monitor.is_stopping, monitor.num_skipped_steps)
     if should_save:
         with timer.paused():
             checkpointer.save(iter_num, monitor.is_stopping, tokens=log.tokens,
                               seconds=timer.seconds, loss=monitor.latest_loss())
-    if is_last or monitor.is_stopping:
-        log.write_row(iter_num, timer.seconds, monitor.latest_loss())
+
+    # 4. end after the last update, or on a signal
+    if is_finished or monitor.is_stopping:
+        log.end_iteration(iter_num, timer.seconds, last_loss=monitor.latest_loss())
         break
 
-    # 3. forward, backward, accumulate the gradients of this process's micro-batches
+    # 5. forward and backward: accumulate the gradients of this process's micro-batches
     loss_sum = torch.zeros((), device=device)
     for index in micro_batches:
         X, Y = next(batches)
-        if ddp:  # gradients are summed over the processes after the last micro-batch
+        if ddp:  # processes exchange gradients only after their last micro-batch
             model.require_backward_grad_sync = index == micro_batches[-1]
-        if dropout > 0:
-            dropout_seed = np.random.default_rng((seed, 2, iter_num, index)).integers(2**63)
-            torch.manual_seed(int(dropout_seed))
+        seed_dropout(iter_num, index)
         with autocast:
             _, loss = model(X.to(device), Y.to(device))
-            loss = loss / gradient_accumulation_steps
-        scaler.scale(loss * world_size).backward()  # DDP takes the mean, and the sum is needed
+        loss = loss / gradient_accumulation_steps
+        scaler.scale(loss * world_size).backward()  # DDP averages; this makes it a sum
         loss_sum += loss.detach()
 
-    # 4. clip the gradients and step, unless they or the loss are not finite
-    total_loss = monitor.reduce(loss_sum)  # of all processes
+    # 6. clip the gradients and step; skip the step if the loss or the gradients are non-finite
+    total_loss = monitor.sum_over_processes(loss_sum)
     grad_norm = optim.clip_and_step(
         optimizers, scaler, raw_model.parameters(), total_loss, grad_clip)
     monitor.record(iter_num, grad_norm)
-    timer.count_iteration()
 
-    # 5. log
+    # 7. log
+    timer.count_iteration()
     if log_interval > 0 and iter_num % log_interval == 0:
         lossf, grad_normf = monitor.latest()  # waits for the GPU
-        dt = timer.lap()
+        dt = timer.lap()  # seconds per iteration since the last log line
         tokens_per_second = tokens_per_iter / dt
-        mfu = timer.running_mfu
         print_master(metrics.training_line(
-            iter_num, max_iters, lossf, dt, mfu, tokens_per_second, grad_normf))
-        log.log_training(mfu, loss=lossf, lr=lr, grad_norm=grad_normf,
-                         tokens_per_second=tokens_per_second)
-        print_master(timer.slowdown_warning())
-    log.write_row(iter_num, timer.seconds)
+            iter_num, max_iters, lossf, dt, timer.running_mfu, tokens_per_second, grad_normf))
+        log.log_training(loss=lossf, lr=lr, grad_norm=grad_normf,
+                         tokens_per_second=tokens_per_second, mfu=timer.running_mfu)
+        print_master(timer.slowdown_warning())  # usually None, which prints nothing
+    log.end_iteration(iter_num, timer.seconds)
 
-    # 6. next iteration
+    # 8. next iteration, unless too many updates in a row were skipped
     iter_num += 1
-    monitor.check()
+    monitor.check()  # sets is_stopping and num_skipped_steps
     if max_bad_steps > 0 and monitor.num_skipped_steps == max_bad_steps:
-        print_master(metrics.skipped_steps_summary(config, checkpointer, monitor))
+        if master_process:
+            print(metrics.skipped_steps_summary(config, checkpointer, monitor), file=sys.stderr)
         distributed.shut_down(1)
+
+# -----------------------------------------------------------------------------
+# after the loop
 
 if eval_only:
     print_master(metrics.perplexity_and_bits_per_byte(val_loss, tokenizer, data[eval_split]))
 else:
-    stopped_by = stop_signal.name if monitor.is_stopping else None
+    stopped_by = None
+    if monitor.is_stopping:
+        stopped_by = stop_signal.name
     seconds = time.perf_counter() - start_time
     print_master(metrics.closing_summary(config, checkpointer, iter_num, stopped_by, seconds))
 exit_code = 0

@@ -1,1 +1,1 @@
-""" What the scripts share, one concept a file. README.md says where to change what. """
+""" What the scripts share, one concept per file. README.md says where to change what. """

@@ -12,7 +12,7 @@ format:
     best_val_loss   the lowest validation loss so far; a 0-d tensor in old files
     config          all settings of the run
 
-Ours, which other readers ignore:
+Additional keys, which other readers ignore:
 
     muon            state dict of Muon, if it is used; `optimizer` then has the other parameters
     gelu            the form of GELU, 'exact' if missing; after loading it is among model_args
@@ -24,6 +24,9 @@ Ours, which other readers ignore:
     tokens          number of tokens that training has read
     seconds         duration of training so far
     loss            training loss of the latest update
+
+Values are tensors, numbers, strings, None, and lists and dicts of these. A file with anything else
+does not load.
 
 Not here: loading what `init_from` names (pretrained.py); the optimizers (optim.py).
 """
@@ -65,10 +68,10 @@ def newer_args(config):
 
 def save_checkpoint(path, model, optimizers, **fields):
     """
-    Writes a run to `path`, whole or not at all.
+    Writes a checkpoint to `path` atomically.
 
     Args:
-        model: the bare GPT; torch.compile and DDP put a prefix on its keys
+        model: the unwrapped GPT; torch.compile and DDP add a prefix to its keys
         optimizers: {name: optimizer}, the names being keys of the checkpoint
         fields: the other keys of the checkpoint
 
@@ -76,7 +79,7 @@ def save_checkpoint(path, model, optimizers, **fields):
     """
     path = Path(path)
     state = model.state_dict()
-    assert 'lm_head.weight' in state, 'save the bare model, not a wrapper'
+    assert 'lm_head.weight' in state, 'save the unwrapped model'
     classic_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
     checkpoint = {
         'model': state,
@@ -106,21 +109,21 @@ def to_python_number(value):
 
 def checkpoint_size(model, optimizers):
     """ Bytes of the tensors of a checkpoint. """
-    size = sum(p.nbytes for p in model.parameters())
+    tensors = list(model.parameters())
     for optimizer in optimizers.values():
         for state in optimizer.state.values():
-            size += sum(tensor.nbytes for tensor in state.values())
-    return size
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
 
 # -----------------------------------------------------------------------------
 # loading
 
 def newest_checkpoint(out_dir, best=False):
     """
-    The checkpoint in `out_dir` that a run continues from, which may not exist.
+    The path of the checkpoint in `out_dir` that a run continues from; it may not exist.
 
-    Usually ckpt.pt. ckpt_last.pt if it is alone or, unless the `best` model is asked for, if it is
-    of the same run and later.
+    This is ckpt.pt, except where only ckpt_last.pt exists, or where ckpt_last.pt is a later
+    checkpoint of the same run and `best` is False.
     """
     best_path = Path(out_dir, 'ckpt.pt')
     last_path = Path(out_dir, 'ckpt_last.pt')
@@ -171,7 +174,7 @@ def read_checkpoint_file(path, mmap):
     except Exception as error:  # a broken file can raise any exception
         code = re.search(r'GLOBAL (\S+)', str(error))
         if code:
-            message = f'{path} carries code ({code[1]}), which was not run'
+            message = f'{path} contains code ({code[1]}), which was not run'
         else:
             message = f'{path} is not a complete checkpoint: {error!r:.200}'
         raise UserError(message) from None
@@ -186,12 +189,19 @@ def check_format(checkpoint, path):
     if missing:
         raise UserError(f'{path} lacks {", ".join(missing)}')
 
-    types = dict.fromkeys(('model', 'model_args', 'optimizer', 'muon', 'scaler', 'config'), dict)
-    types['iter_num'] = int
-    types['best_val_loss'] = (float, int, torch.Tensor)
+    types = {
+        'model': dict,
+        'model_args': dict,
+        'optimizer': dict,
+        'muon': dict,
+        'scaler': dict,
+        'config': dict,
+        'iter_num': int,
+        'best_val_loss': (float, int, torch.Tensor),
+    }
     for key, expected in types.items():
         if key in checkpoint and not isinstance(checkpoint[key], expected):
-            raise UserError(f'{path}: {key}={checkpoint[key]!r:.50} has a wrong type')
+            raise UserError(f'{path}: {key}={checkpoint[key]!r:.50} has the wrong type')
 
     args = checkpoint['model_args']
     required = set(MODEL_ARGS) - {'bias', 'dropout'}  # which old files lack
@@ -219,7 +229,7 @@ def load_weights(model, checkpoint, path):
         raise UserError(f'{path}: the weights do not fit its model_args: {reason:.200}') from None
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     if bad:
-        raise UserError(f'{path}: weights that are not finite: {", ".join(bad):.200}')
+        raise UserError(f'{path}: non-finite weights (NaN or inf): {", ".join(bad):.200}')
 
 
 def load_optimizers(optimizers, checkpoint, path):
@@ -230,23 +240,27 @@ def load_optimizers(optimizers, checkpoint, path):
 
     Raises UserError if the checkpoint is of other optimizers or of another model.
     """
-    weights_alone = f'--init_from={path} loads its weights alone'
-    missing = [key for key in ('optimizer', 'iter_num') if key not in checkpoint]
-    if missing:
-        raise UserError(f'{path} lacks {", ".join(missing)}; {weights_alone}')
+    only_weights = f'--init_from={path} loads only its weights'
     saved = {key for key, value in checkpoint.items()
              if isinstance(value, dict) and 'param_groups' in value}
+    missing = []
+    if not saved:
+        missing.append('optimizer')
+    if 'iter_num' not in checkpoint:
+        missing.append('iter_num')
+    if missing:
+        raise UserError(f'{path} lacks {", ".join(missing)}; {only_weights}')
     if saved != set(optimizers):
         theirs = ' and '.join(sorted(saved))
         ours = ' and '.join(sorted(optimizers))
         raise UserError(f'{path} holds the state of {theirs}, and these settings use {ours} '
-                        f'(muon is used if muon_lr is above 0); {weights_alone}')
+                        f'(muon is used if muon_lr is above 0); {only_weights}')
     for name, optimizer in optimizers.items():
         try:
             optimizer.load_state_dict(fitting_state(optimizer, checkpoint[name]))
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f'{path}: its {name} is of a model with other parameters, or of '
-                            f'another kind of optimizer; {weights_alone}') from None
+                            f'another kind of optimizer; {only_weights}') from None
 
 
 def fitting_state(optimizer, saved):
@@ -309,8 +323,8 @@ class Checkpointer:
         error: why the latest save failed, or ''
     """
 
-    # A run that is stopped within its first minute, perhaps started by mistake, does not replace
-    # the checkpoint of an earlier run in the same folder.
+    # A signal within the first minute of a run, perhaps started by mistake, does not replace the
+    # checkpoint of an earlier run in the same folder.
     MIN_SECONDS_TO_REPLACE = 60
 
     def __init__(self, config, model, optimizers, scaler, tokenizer, job, print_master, is_master):
@@ -378,7 +392,12 @@ class Checkpointer:
             self.best_val_iter = iter_num
 
     def should_save(self, iter_num, is_stopping, num_skipped_steps):
-        """ After an evaluation, every checkpoint_interval iterations, and on a signal. """
+        """
+        Whether to save: after an evaluation of a new model, every checkpoint_interval iterations,
+        and on a signal.
+        """
+        if self.config['eval_only']:
+            return False
         if self.evaluated_iter == iter_num:
             is_trained = iter_num > self.first_iter
             # an interrupted run may have saved this model before it was evaluated
@@ -394,6 +413,7 @@ class Checkpointer:
         stay, and training continues.
 
         Args:
+            is_stopping: whether a signal ends the run; see MIN_SECONDS_TO_REPLACE
             progress: the keys tokens, seconds and loss of the checkpoint
         """
         if not self.is_master:
@@ -420,8 +440,8 @@ class Checkpointer:
                 run_id=self.run_id,
                 job=self.job,
                 **progress)
-            is_outdated = path == self.best_path or not self.owns_files
-            if is_outdated:
+            other_is_outdated = path == self.best_path or not self.owns_files
+            if other_is_outdated:
                 other_path.unlink(missing_ok=True)
         except OSError as error:
             self.error = str(error)

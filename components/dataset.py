@@ -19,7 +19,7 @@ def open_bin(dataset, split, block_size, vocab_size):
     Opens a split of a dataset.
 
     Raises UserError, with the command to run, if the file is missing, is too short for a window,
-    or holds tokens outside the vocabulary (by a sample).
+    or holds tokens outside the vocabulary (only a part is checked).
 
     Returns its token ids: uint16 (N,), mapped from the disk, read-only.
     """
@@ -62,7 +62,7 @@ def other_splits(folder):
     names = sorted(path.name for path in folder.glob('*.bin'))
     if not names:
         return ''
-    return f', but {", ".join(names)} does'
+    return f'; the folder has {", ".join(names)}'
 
 
 def looks_like_wider_integers(ids):
@@ -80,7 +80,7 @@ def largest_id(ids):
 
 def gather_windows(ids, starts, block_size):
     """
-    Windows of a dataset with one token more, which is the last one's target.
+    Windows of block_size + 1 tokens: the inputs, and the target of the last one.
 
     Args:
         ids: (N,)

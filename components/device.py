@@ -191,8 +191,8 @@ def synchronize(device_type):
 
 class HostCopy:
     """
-    The values of a tensor, to be read on the host later. On CUDA a copy starts now and runs beside
-    the computation, and only reading it waits. Elsewhere it is the tensor itself.
+    The values of a tensor, to be read on the host later. On CUDA a copy starts now and overlaps
+    with computation, and only reading it waits. Elsewhere it is the tensor itself.
     """
 
     def __init__(self, tensor):

@@ -13,7 +13,7 @@ from components.errors import UserError
 
 
 class Job(NamedTuple):
-    """ A start of torchrun. """
+    """ A job that torchrun started. """
     name: str = ''           # random; the same in all processes, and after --max-restarts
     restarted: bool = False  # whether torchrun has started the processes again after one failed
 
@@ -49,8 +49,8 @@ def init_process_group(backend, rank, world_size, dtype):
         store.set('dtype', dtype)
     master_dtype = store.get('dtype').decode()
     if dtype != master_dtype:
-        raise UserError(f'dtype={dtype} on this machine and {master_dtype} on the first; set one '
-                        '--dtype for all machines')
+        raise UserError(f'dtype={dtype} on this machine differs from {master_dtype} on the '
+                        'first; set the same --dtype on all machines')
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Job(name, restart_count != '0')
 
@@ -65,7 +65,7 @@ def broadcast(value):
 
 
 def all_reduce_sum(tensor, device):
-    """ The sum of a tensor over all processes, on their `device`; alone, the tensor as it is. """
+    """ The sum of a tensor over all processes, on `device`; unchanged in a single process. """
     if not dist.is_initialized():
         return tensor
     tensor = tensor.to(device)
@@ -85,16 +85,13 @@ def warm_up_ddp_buckets(model, x, y, autocast):
     model.zero_grad()
 
 
-def shut_down(exit_code, message=''):
+def shut_down(exit_code):
     """
-    Ends this process, after printing an error message if there is one.
+    Ends this process; with exit code 0 and without other processes, the script ends by itself.
 
-    One of several processes waits for the others first, because torchrun kills the rest, even
-    within a save, once one has ended with an error. It skips Python's own shutdown, in which
-    Gloo's threads sometimes abort.
+    With several processes, waits for the others first: when one fails, torchrun kills the rest,
+    even during a save. Then skips Python's own shutdown, in which Gloo's threads sometimes abort.
     """
-    if message:
-        print(message, file=sys.stderr)
     if 'wandb' in sys.modules:
         sys.modules['wandb'].finish()
     if dist.is_initialized():

@@ -1,5 +1,5 @@
 """
-Errors that a user can put right, in one line; for every other error a hint below its traceback.
+Errors that a user can fix, in one line; for every other error a hint below its traceback.
 
 Not here: the rules for settings (settings.py). Imports nothing of ours.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """ What a user can put right: a bad setting, a missing file, a file in another format. """
+    """ An error that a user can fix: a bad setting, a missing file, a file in another format. """
 
 
 def script_name():
@@ -60,7 +60,8 @@ def is_connection_lost(error):
 def install_excepthook(settings, ddp):
     """
     Reports memory that ran out, and the end of another process of the job, in one line without a
-    traceback. Where an error can have a cause outside the code, a hint follows its traceback.
+    traceback. Where an error can have a cause outside the code, a hint follows its traceback. Also
+    lets Ctrl-C end the script at once, without a traceback.
 
     Args:
         settings: dict of the script's settings, whose sizes are named where memory ran out
@@ -82,7 +83,7 @@ def install_excepthook(settings, ddp):
             exit_with(f'out of memory ({text}) with {sizes}; a lower batch_size with a higher '
                       'gradient_accumulation_steps computes the same iteration')
         if ddp and is_connection_lost(error):
-            exit_with(f'another process of this job has ended ({text}); this one saved nothing')
+            exit_with(f'another process of this job has ended ({text}); this one does not save')
         sys.__excepthook__(kind, error, trace)
         if re.search(UNKNOWN_TOKEN, text):
             print('hint: if the code is unchanged, the data holds a token id outside the model\'s '
@@ -94,4 +95,4 @@ def install_excepthook(settings, ddp):
             exit_with('this process failed with the traceback above')
 
     sys.excepthook = excepthook
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, until the loop begins
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens

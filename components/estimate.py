@@ -44,7 +44,7 @@ def memory_of_training(model, batch_size, dtype, muon_lr=0.0):
     """
     The memory of the tensors of a training step at its peak: as the backward pass of a micro-batch
     begins, while the gradients of an earlier micro-batch exist. With gradient_accumulation_steps=1
-    gradients come only as activations go, and the peak is lower by up to the gradients.
+    gradients are allocated as activations are freed, and the peak is lower by up to the gradients.
 
     The formulas are those of a CPU without compile. Against PyTorch 2.13, in float32, bfloat16 and
     float16, the tensors that a forward pass saves were within 2% of them, with dropout and newer
@@ -54,7 +54,7 @@ def memory_of_training(model, batch_size, dtype, muon_lr=0.0):
     (indices, statistics of norms, results inside an operation, Muon's products); DDP's copy of the
     gradients; and free memory that the allocator keeps. For the last, 14 runs of train.py on Linux
     peaked at 0.9 to 1.65 times the total beside torch itself: glibc keeps tensors below 32 MB in a
-    heap, where gaps stay. In a run whose tensors were all outside of it, the total was 3% too high.
+    heap, which fragments. In a run whose tensors were all outside of it, the total was 3% too high.
 
     Args:
         model: a GPT, which may be on the meta device
@@ -202,7 +202,7 @@ def print_estimate(model, batch_size, gradient_accumulation_steps, max_iters, de
     for name, size in memory.items():
         print(f'  {name:20}{size / 1e6:15,.1f} MB')
     print(f'  {"total":20}{sum(memory.values()) / 1e6:15,.1f} MB')
-    print('  not in the total: torch itself, 0.35 GB; on a CPU also gaps in the heap, 0 to 65%')
+    print('  not in the total: torch itself, 0.35 GB; on a CPU also heap fragmentation, 0 to 65%')
 
     tokens_per_iter = gradient_accumulation_steps * batch_size * T
     flops_per_token = model.flops_per_token(T)
@@ -221,7 +221,7 @@ def print_estimate(model, batch_size, gradient_accumulation_steps, max_iters, de
 def print_durations(run_flops, device_type, dtype):
     """ Reports how long runs {name: FLOPs} take on this machine and on each GPU. """
     peaks = {'this machine': peak_flops(device_type, dtype)[0], **GPU_PEAKS}
-    print(f'duration at {ASSUMED_MFU:.0%} of the peak, on this machine in {dtype}, '
+    print(f'duration at an MFU of {ASSUMED_MFU:.0%}, on this machine in {dtype}, '
           'on one GPU in 16 bits:')
     header = ''.join(f'{name:>28}' for name in run_flops)
     print(f'  {"":14}{"peak":>18}{header}')

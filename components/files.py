@@ -1,5 +1,5 @@
 """
-Files that are whole or absent, free disk space, and a lock for a directory.
+Atomic file writes, free disk space, and a lock for a directory.
 
 Not here: what the files hold (dataset.py, tokenizer.py, checkpoint.py).
 """
@@ -42,7 +42,8 @@ def check_free_space(folder, size):
     """ Raises OSError if `size` bytes do not fit on the disk of `folder`. """
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise OSError(f'{folder}: {size / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB are free')
+        raise OSError(f'{folder}: not enough disk space: {size / 1e6:,.1f} MB needed, '
+                      f'{free / 1e6:,.1f} MB free')
 
 
 _locks = {}  # {folder: the open file descriptor that holds its lock}

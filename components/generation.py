@@ -159,8 +159,8 @@ def sample_token(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0,
         UserError: the logits are not finite
     """
     if not logits.amax(dim=-1).isfinite().all():
-        raise UserError('the logits are not finite (NaN or inf); --dtype=float32 has the widest '
-                        'range')
+        raise UserError('non-finite logits (NaN or inf); set --dtype=float32, which has the '
+                        'widest range')
     if temperature < 1e-5:
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -201,7 +201,7 @@ def filter_top_p(probs, top_p, k):
     """
     Keeps the fewest most likely tokens whose probabilities sum to `top_p` (nucleus sampling, arXiv
     1904.09751), and all that are as likely as the last of them: probs (B, n) -> (B, n). The result
-    does not sum to 1. `k` is the number of probabilities above 0, those equal to the last aside.
+    does not sum to 1. Only the `k` largest are ranked.
     """
     ranked = probs.topk(k).values                                           # (B, k), descending
     sum_before = ranked.cumsum(dim=-1) - ranked
@@ -227,7 +227,7 @@ def sample_index(probs, random_numbers):
     cdf = probs.cumsum(dim=-1)                                              # (B, n)
     threshold = (1 - random_numbers)[:, None] * cdf[:, -1:]                 # (B, 1), above 0
     index = torch.searchsorted(cdf, threshold)                              # (B, 1)
-    # a GPU adds in parallel, so its cdf may rise or fall where nothing is added
+    # a GPU sums in parallel, so its cdf may not be monotonic
     is_filtered = probs.gather(1, index) == 0
     most_likely = probs.argmax(dim=-1, keepdim=True)
     return torch.where(is_filtered, most_likely, index)
@@ -250,7 +250,7 @@ def read_prompts(start):
     else:
         return [start]
     if not prompts:
-        raise UserError(f'start={start} names no prompts')
+        raise UserError(f'start={start}: no prompts found')
     return prompts
 
 

@@ -1,5 +1,5 @@
 """
-Hugging Face: GPT-2 weights in; a trained GPT out, with its tokenizer and a model card.
+Hugging Face: loads GPT-2 weights; converts a trained GPT, its tokenizer, and a model card.
 
 Not here: what init_from names (pretrained.py); how an export is checked and written (export.py).
 """
@@ -27,7 +27,7 @@ def transpose_conv1d(name, weight):
 
 
 # -----------------------------------------------------------------------------
-# GPT-2 weights in
+# loading GPT-2 weights
 
 def load_gpt2(gpt_class, model_type, override_args=None):
     """
@@ -153,7 +153,7 @@ def copy_weights(hf_weights, model):
 
 
 # -----------------------------------------------------------------------------
-# a trained GPT out
+# converting a trained GPT
 
 def to_gpt2(model, vocab_size, end_of_text):
     """

@@ -48,16 +48,17 @@ def opening_summary(config, source, checkpointer, model, num_train_tokens, num_p
         checkpointer: the Checkpointer of the run
         model: the GPT
         num_train_tokens: size of the training split
-        num_processes: 0 without torchrun
+        num_processes: of the job
     """
     s = SimpleNamespace(**config)
     yield from describe_start(s, source, checkpointer)
     num_tokens_per_iter = tokens_per_iter(config)
     compiled = 'compiled' if s.compile else 'not compiled'
     processes = '1 process'
-    if num_processes > 0:
+    if num_processes > 1:
         processes = f'{num_processes} processes over {s.backend}'
-    optimizers = 'Muon and AdamW' if s.muon_lr > 0 else 'AdamW'
+    names = [type(optimizer).__name__ for optimizer in checkpointer.optimizers.values()]
+    optimizers = ' and '.join(names)
     yield f'tokens per iteration will be: {num_tokens_per_iter:,}'
     yield f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
     yield str(model.config)
@@ -74,7 +75,7 @@ def opening_summary(config, source, checkpointer, model, num_train_tokens, num_p
     num_tokens = num_iters * num_tokens_per_iter
     epochs = num_tokens / num_train_tokens
     flops = num_tokens * model.flops_per_token(s.block_size)
-    seconds = flops / (0.3 * peak * max(1, num_processes))
+    seconds = flops / (0.3 * peak * num_processes)
     yield (f'{num_iters:,} iterations: {num_tokens:,} tokens, {epochs:.3g} epochs, about '
            f'{timedelta(seconds=round(seconds))} at an mfu of 30%, plus evaluations')
     yield f'checkpoints and log.csv go to {s.out_dir}'
@@ -103,11 +104,15 @@ def warn_of_slow_dtype(device, dtype, peak):
     float32_peak, _ = peak_flops('cpu', 'float32')
     slowdown = float32_peak / peak
     if slowdown > 1.2:
-        yield f'{dtype} is {slowdown:.0f} times as slow as float32 on this CPU; --dtype=float32'
+        yield (f'{dtype} takes {slowdown:.0f} times as long as float32 on this CPU; '
+               'set --dtype=float32')
 
 
 def warn_of_short_schedule(s):
-    """ A line, if the run ends before the learning rate has decayed. """
+    """ Lines, if the run ends before the learning rate has risen or decayed. """
+    if s.decay_lr and s.warmup_iters >= s.max_iters:
+        yield (f'NOTE: the whole run is warmup: warmup_iters={s.warmup_iters} and '
+               f'max_iters={s.max_iters}')
     if s.decay_lr and s.max_iters < s.lr_decay_iters:
         yield (f'NOTE: the learning rate decays until lr_decay_iters={s.lr_decay_iters}, and '
                f'training ends at max_iters={s.max_iters}; --lr_decay_iters={s.max_iters} '
@@ -132,7 +137,7 @@ def skipped_steps_summary(config, checkpointer, monitor):
     if checkpointer.owns_files:
         remedy = f'--init_from=resume from {newest_checkpoint(config["out_dir"])}'
     return (f'{script_name()}: stopped at iteration {monitor.checked_iter}: '
-            f'{monitor.num_skipped_steps} updates in a row were not finite; {remedy} with a '
+            f'{monitor.num_skipped_steps} non-finite updates in a row; {remedy} with a '
             f'learning_rate below {config["learning_rate"]}, or with dtype=float32')
 
 
@@ -154,9 +159,9 @@ def closing_summary(config, checkpointer, iter_num, stopped_by, seconds):
         elif checkpointer.saved_iter == 0:
             outcome = 'NOT SAVED: the latest updates were skipped'
         elif checkpointer.saved_iter == iter_num:
-            outcome = '--init_from=resume continues with it'
+            outcome = '--init_from=resume continues from it'
         else:
-            outcome = f'--init_from=resume continues with {checkpointer.saved_iter:,}'
+            outcome = f'--init_from=resume continues from iteration {checkpointer.saved_iter:,}'
         return f'stopped by {stopped_by} at iteration {iter_num:,}; {outcome}'
     if num_iters == 0:
         return f'nothing to do: iteration {iter_num} is not below max_iters={config["max_iters"]}'
@@ -191,9 +196,9 @@ class Timer:
         self.device_type = device_type
         self.dtype = dtype
         self.flops_per_iter = flops_per_iter
-        self.peak, peak_source = peak_flops(device_type, dtype)
+        self.peak, _ = peak_flops(device_type, dtype)
         self.measurements_left = 0
-        if device_type == 'cpu' and 'measured' in peak_source:
+        if device_type == 'cpu':
             self.measurements_left = self.PEAK_MEASUREMENTS - 1
         self.seconds = seconds
         self.running_mfu = None
@@ -278,9 +283,9 @@ class Log:
     Writes log.csv, and with wandb_log sends evaluations and samples to Weights & Biases.
 
     log.csv has a row for each iteration that was logged or evaluated: the tokens and seconds of
-    training before it, over all resumes; the loss of its batch (in the last row, which has no
-    batch, of the one before); its evaluations, in nats per token; learning rate; norm of the
-    gradients; tokens per second; MFU from 0 to 1. A new run replaces the file. A resumed run
+    training before it, over all resumes; the loss of its batch (the last row has no
+    batch and repeats the loss before); its evaluations, in nats per token; learning rate; norm of
+    the gradients; tokens per second; MFU from 0 to 1. A new run replaces the file. A resumed run
     removes the rows from its first iteration on, and appends.
 
     Args:
@@ -297,6 +302,7 @@ class Log:
         self.print_master = make_printer(is_active)
         self.tokens = tokens
         self.tokens_per_iter = tokens_per_iter(config)
+        self.eval_split = config['eval_split']
         self.row = {}
         self.path = None
         if is_active and not config['eval_only']:
@@ -352,13 +358,12 @@ class Log:
         Logs the evaluation of the model after `iter_num` updates.
 
         Args:
-            losses: {split: mean loss}, the validation split last
+            losses: {split: mean loss}
             lr, mfu: learning rate; running MFU or None
             model: the GPT
             ids: token ids of the validation split, whose beginning the samples for wandb continue
         """
-        validation_loss = list(losses.values())[-1]
-        self.row.update(train_loss=losses['train'], val_loss=validation_loss, lr=lr)
+        self.row.update(train_loss=losses['train'], val_loss=losses[self.eval_split], lr=lr)
         if self.wandb is None:
             return
         values = {f'{split}/loss': loss for split, loss in losses.items()}
@@ -384,15 +389,13 @@ class Log:
         model.train()
         return [completion.text for completion in completions]
 
-    def log_training(self, mfu, **values):
-        """ Logs columns of this iteration; `mfu` may be None. """
+    def log_training(self, **values):
+        """ Logs columns of this iteration. None leaves a column empty. """
         self.row.update(values)
-        if mfu is not None:
-            self.row['mfu'] = mfu
 
-    def write_row(self, iter_num, seconds, last_loss=None):
+    def end_iteration(self, iter_num, seconds, last_loss=None):
         """
-        Ends an iteration: appends its row, if anything was logged.
+        Appends the row of an iteration, if anything was logged, and counts its tokens.
 
         Args:
             last_loss: for the last row, which has no batch: the loss of the batch before
@@ -432,14 +435,15 @@ def perplexity_and_bits_per_byte(loss, record, ids):
         record: of the tokenizer, or None
         ids: token ids of the split
     """
-    message = f'perplexity {math.exp(min(loss, 700)):.4g} per token'
+    perplexity = math.exp(min(loss, 700))  # exp(710) overflows
+    message = f'perplexity {perplexity:.4g} per token'
     if record is None:
         return message
     try:
         tokenizer = get_tokenizer(record)
     except OSError:  # no network
         return message
-    ids = ids[:2**20].tolist()
+    ids = ids[:2**20].tolist()  # enough to estimate the bytes per token
     text = tokenizer.decode([i for i in ids if i != tokenizer.end_of_text])
     num_bytes = max(1, len(text.encode()))
     bits = loss / math.log(2) * len(ids)

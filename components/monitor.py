@@ -14,8 +14,8 @@ from components.distributed import all_reduce_sum
 
 class StepMonitor:
     """
-    Follows the updates without slowing them down: on CUDA an update's numbers are looked at one
-    iteration later, when they have long arrived, so that the loop never waits for the GPU.
+    Tracks updates without synchronization: on CUDA an update's numbers are read an iteration
+    later, when their copy to the host is done, so that the loop never waits for the GPU.
 
     Args:
         device: of the model
@@ -39,19 +39,20 @@ class StepMonitor:
         self.last_copy = None
         self.reports = []  # (iteration, HostCopy of loss, signals, gradient norm), oldest first
         self.delay = 1 if device.startswith('cuda') else 0  # iterations
+        self.totals = None  # loss and number of signals, of all processes
         self.is_stopping = False
         self.num_skipped_steps = 0
         self.checked_iter = None
 
-    def reduce(self, loss):
-        """ Sums the loss, and in the same message the signals, over all processes -> the loss. """
+    def sum_over_processes(self, loss):
+        """ Sums the loss and the signals over all processes in one all-reduce -> the loss. """
         has_signal = float(self.stop_signal.number > 0)
         totals = torch.stack((loss, torch.full((), has_signal, device=self.device)))
         self.totals = all_reduce_sum(totals, self.device)
         return self.totals[0]
 
     def record(self, iter_num, grad_norm):
-        """ Keeps the numbers of an update: those of `reduce`, and the norm of its gradients. """
+        """ Keeps the numbers of an update: the loss, the signals, the norm of the gradients. """
         numbers = torch.stack((*self.totals, grad_norm.float()))
         self.last_copy = HostCopy(numbers)
         self.reports.append((iter_num, self.last_copy))
@@ -86,4 +87,4 @@ class StepMonitor:
         """ Whether a float16 update was skipped because its scaler is still lowering its scale. """
         if not self.scaler.is_enabled() or not math.isfinite(loss):
             return False
-        return self.scaler.get_scale() >= 1
+        return self.scaler.get_scale() >= 1  # below 1, the gradients themselves overflow

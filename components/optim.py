@@ -12,7 +12,7 @@ import torch
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose matrices are orthogonalized (Jordan and others 2024,
+    Momentum with orthogonalized updates of matrices (Jordan and others 2024,
     kellerjordan.github.io/posts/muon).
 
     The update of a matrix is its Nesterov momentum with every singular value brought close to 1,
@@ -49,25 +49,25 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, params, lr, weight_decay, momentum):
         """ Updates matrices of one size, some of which may be transposed. """
-        is_finite = 1 if self.found_inf is None else 1 - self.found_inf
-        directions = [self.nesterov_momentum(p, momentum, is_finite) for p in params]
+        factor = 1 if self.found_inf is None else 1 - self.found_inf  # 0 skips the update
+        directions = [self.nesterov_momentum(p, momentum, factor) for p in params]
         updates = orthogonalize(torch.stack([wide(d).to(self.dtype) for d in directions]))
         for p, update in zip(params, updates):
             if is_tall(p):
                 update = update.T
             scale = max(1, p.shape[0] / p.shape[1]) ** 0.5  # taller ones take larger updates
-            p.mul_(1 - lr * weight_decay * is_finite)
-            p.sub_(update * (lr * scale * is_finite))
+            p.mul_(1 - lr * weight_decay * factor)
+            p.sub_(update * (lr * scale * factor))
 
-    def nesterov_momentum(self, p, momentum, is_finite):
+    def nesterov_momentum(self, p, momentum, factor):
         """ Updates the running average of the gradient of p, and looks one step ahead of it. """
         grad = p.grad
         if self.found_inf is not None:
-            grad = torch.where(is_finite > 0, grad, 0)
+            grad = torch.where(factor > 0, grad, 0)  # because 0 * nan is nan
         if p not in self.state:
             self.state[p]['momentum_buffer'] = torch.zeros_like(p)
         average = self.state[p]['momentum_buffer']
-        average.lerp_(grad, (1 - momentum) * is_finite)
+        average.lerp_(grad, (1 - momentum) * factor)
         return grad.lerp(average, momentum)
 
 

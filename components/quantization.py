@@ -1,8 +1,8 @@
 """
-Weight-only quantization for sampling: linear layers that store their weights in 16 bits or int8.
+Quantization for sampling: linear layers with 16-bit weights (weight-only) or in int8 (dynamic).
 
-A new token needs every weight once, so on most machines it takes as long as the weights take to
-read. Fewer bits are read faster.
+A new token reads every weight once, so on most machines sampling is limited by memory bandwidth.
+Fewer bits are read faster.
 
 Not here: the choice of the dtype (device.py), sampling (generation.py).
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from components.device import has_bfloat16, has_fbgemm
 
-LONG_INPUT = 32  # tokens per row, from which an input takes as long as its products
+LONG_INPUT = 32  # tokens per row from which a layer is compute-bound
 
 
 def quantize_linears(model, dtype, int8=False):

@@ -35,7 +35,7 @@ def check_common(s):
     require(0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1')
     if s.compile:
         require(has_compiler(),
-                'compile=True requires a C++ compiler, which is not installed; --compile=False')
+                'compile=True requires a C++ compiler, which is not installed; set --compile=False')
 
 
 def model_config(**args):
@@ -129,7 +129,8 @@ def check_processes(s, device_type, ddp, local_world_size):
     if device_type == 'cuda':
         num_gpus = torch.cuda.device_count()
         require(local_world_size <= num_gpus,
-                f'{local_world_size} processes on a machine with {num_gpus} GPUs')
+                f'{local_world_size} processes on a machine with {num_gpus} GPUs; set '
+                f'--nproc_per_node={num_gpus}')
 
 
 def check_output(s):
@@ -159,7 +160,8 @@ def check_fit(model, source, checkpoint, data, meta, settings):
     record = tokenizer_record(meta)
     if checkpoint is not None and checkpoint.get('tokenizer'):
         require(checkpoint['tokenizer'] == record,
-                f'{source} has another vocabulary than dataset={dataset} (its meta.pkl, if any)')
+                f'the vocabulary of {source} differs from that of dataset={dataset}; set '
+                'the --dataset that it was trained on')
     num_needed = max(largest_id(ids) + 1 for ids in data.values())
     if meta is not None:
         num_needed = max(num_needed, meta['vocab_size'])
@@ -199,7 +201,7 @@ def check_sample(settings):
         require(has_fbgemm(device_type),
                 f"quantize='int8' is not available on {s.device}; it requires an x86 CPU")
     if s.interactive:
-        require(s.start == '\n', 'interactive=True asks for prompts itself; leave --start out')
+        require(s.start == '\n', 'interactive=True reads prompts from the terminal; omit --start')
     if not s.out:
         return
     folder = os.path.dirname(s.out) or '.'

@@ -1,5 +1,5 @@
 """
-Signals that end a training run in an orderly way: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (Slurm's
+Signals that shut a training run down gracefully: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (Slurm's
 before a time limit) and SIGHUP (a terminal that closed).
 
 Not here: the signals of other processes of the job (monitor.py).

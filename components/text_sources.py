@@ -112,7 +112,7 @@ def _read_parquet(path):
         with ParquetFile(path, memory_map=True) as file:
             if 'text' not in file.schema_arrow.names:
                 columns = ', '.join(file.schema_arrow.names)
-                raise UserError(f'{path}: no column text, but {columns}')
+                raise UserError(f"{path}: no column 'text'; its columns are {columns}")
             for batch in file.iter_batches(100, columns=['text']):
                 for text in batch['text'].to_pylist():
                     row += 1
@@ -139,7 +139,7 @@ def _read_jsonl(path):
 def _parse_json_line(line):
     row = json.loads(line.decode('utf-8-sig'))
     if not isinstance(row, dict) or not isinstance(row.get('text'), str):
-        raise ValueError('no key text with a text')
+        raise ValueError("no key 'text' with a string")
     row['text'].encode()  # raises if the text holds half of a surrogate pair
     return row['text']
 

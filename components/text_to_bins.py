@@ -58,7 +58,7 @@ def preparing(folder):
                 shutil.rmtree(parts, ignore_errors=True)
             raise
         except KeyboardInterrupt:
-            raise UserError('interrupted; the same command continues') from None
+            raise UserError('interrupted; run the same command to continue') from None
         except BrokenExecutor as error:
             raise UserError(f'{error} Perhaps memory ran out; the same command continues') from None
         finally:

@@ -162,7 +162,7 @@ class _PlainDataUnpickler(pickle.Unpickler):
     """ Refuses every class and function, so that loading a file cannot run code. """
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it carries code ({module}.{name}), which was not run')
+        raise pickle.UnpicklingError(f'it contains code ({module}.{name}), which was not run')
 
 
 def _check_meta(meta):
@@ -185,7 +185,7 @@ def _check_meta(meta):
 def load_meta(dataset):
     """
     The content of a dataset's meta.pkl, with `itos` as a list; None if the dataset has no meta.pkl.
-    Raises UserError if the file is damaged, carries code, or holds something else.
+    Raises UserError if the file is damaged, contains code, or holds something else.
     """
     path = DATA_DIR / dataset / 'meta.pkl'
     if not path.exists():

@@ -12,7 +12,7 @@ wandb_run_name = 'ft-' + str(time.time())
 
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
-always_save_checkpoint = False  # only when val loss improves
+always_save_checkpoint = False  # ckpt.pt only when val loss improves
 
 # 1 sequence of 1024 tokens x 32 micro-batches = 32,768 tokens per iteration; train.bin has 301,966
 # tokens, so an epoch is about 9 iterations

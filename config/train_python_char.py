@@ -5,7 +5,7 @@ out_dir = 'out-python-char'
 eval_interval = 250
 eval_iters = 20
 log_interval = 50
-always_save_checkpoint = False  # only when val loss improves
+always_save_checkpoint = False  # ckpt.pt only when val loss improves
 
 wandb_project = 'python-char'
 
@@ -29,4 +29,4 @@ max_iters = 1000
 lr_decay_iters = 1000           # equal to max_iters
 cooldown_iters = 700            # linear, over the last 70%
 min_lr = 3e-4
-warmup_iters = 0                # Muon's updates have their full size from the start
+warmup_iters = 0                # Muon's update norm does not depend on the gradients' norm

@@ -5,7 +5,7 @@ out_dir = 'out-shakespeare-char'
 eval_interval = 250             # often, because this model soon overfits this text
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # only when val loss improves
+always_save_checkpoint = False  # ckpt.pt only when val loss improves
 
 wandb_log = False
 wandb_project = 'shakespeare-char'
@@ -25,5 +25,5 @@ learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 5000
 lr_decay_iters = 5000           # equal to max_iters
 min_lr = 1e-4                   # learning_rate / 10
-beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more
+beta2 = 0.99                    # few tokens per iteration: average squared gradients longer
 warmup_iters = 100

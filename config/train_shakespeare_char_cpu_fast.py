@@ -3,10 +3,10 @@
 #   --batch_size=24 --max_iters=1300 --lr_decay_iters=1300 --cooldown_iters=910 --muon_lr=0.02
 
 out_dir = 'out-shakespeare-char-cpu-fast'
-eval_interval = 250             # more than max_iters: only after the last iteration
+eval_interval = 250             # above max_iters: only at iteration 0 and after the last
 eval_iters = 20
 log_interval = 20
-always_save_checkpoint = False  # only when val loss improves
+always_save_checkpoint = False  # ckpt.pt only when val loss improves
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt-cpu-fast'
@@ -31,7 +31,7 @@ max_iters = 240
 lr_decay_iters = 240            # equal to max_iters
 cooldown_iters = 160            # linear, over the last two thirds
 min_lr = 3e-4
-warmup_iters = 0                # Muon's updates have their full size from the start
+warmup_iters = 0                # Muon's update norm does not depend on the gradients' norm
 
 device = 'cpu'
 compile = False                 # compiling takes longer than the whole run

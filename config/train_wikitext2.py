@@ -10,14 +10,14 @@ out_dir = 'out-wikitext2'
 eval_interval = 100             # often, because a model soon overfits so little text
 eval_iters = 50
 log_interval = 10
-always_save_checkpoint = False  # only when val loss improves
+always_save_checkpoint = False  # ckpt.pt only when val loss improves
 
 wandb_project = 'wikitext2'
 
 dataset = 'wikitext2'
 gradient_accumulation_steps = 1
 batch_size = 32
-block_size = 256                # 8,192 tokens per iteration; an epoch is about 300
+block_size = 256                # 8,192 tokens per iteration; an epoch is about 300 iterations
 
 n_layer = 6
 n_head = 6
@@ -28,5 +28,5 @@ learning_rate = 1e-3            # peak; small models allow a higher one
 max_iters = 3000
 lr_decay_iters = 3000           # equal to max_iters
 min_lr = 1e-4                   # learning_rate / 10
-beta2 = 0.99                    # few tokens per iteration: average noisy gradients over more
+beta2 = 0.99                    # few tokens per iteration: average squared gradients longer
 warmup_iters = 100

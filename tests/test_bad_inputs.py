@@ -165,21 +165,21 @@ def test_valid_settings(tmp_path, folder, script):
 @needs_forks
 @pytest.mark.parametrize('argument, pattern', cases(
     ('--learnin_rate=1', "'learnin_rate'; did you mean 'learning_rate'"),
-    ('--n_layer', "cannot read '--n_layer'"),
-    ('-n_layer=2', "cannot read '-n_layer=2'"),
-    ('n_layer=2', "cannot read 'n_layer=2'"),
-    ('--n_layer=two', "n_layer requires a whole number, not 'two'"),
-    ('--n_layer=2.5', 'n_layer requires a whole number, not 2.5'),
-    ('--bias=1', 'bias requires True or False, not 1'),
-    ('--learning_rate=fast', "learning_rate requires a number, not 'fast'"),
-    ('missing.py', "config file 'missing.py' does not exist"),
+    ('--n_layer', "'--n_layer'; .*--key=value"),
+    ('-n_layer=2', "'-n_layer=2'; .*--key=value"),
+    ('n_layer=2', "'n_layer=2'; .*--key=value"),
+    ('--n_layer=two', "n_layer .*not 'two'"),
+    ('--n_layer=2.5', 'n_layer .*not 2.5'),
+    ('--bias=1', 'bias .*True or False, not 1'),
+    ('--learning_rate=fast', "learning_rate .*number, not 'fast'"),
+    ('missing.py', "config file 'missing.py'"),
     ('config/train_gpt3.py', 'did you mean config/train_gpt2.py'),
-    ('latin.txt', "'latin.txt' .* does not end in .py"),
+    ('latin.txt', "config file 'latin.txt'"),
     ('out', "config file 'out'"),
     ('syntax.py', 'syntax.py, line 1: SyntaxError'),
     ('raises.py', 'raises.py, line 2: ZeroDivisionError'),
-    ('misspelt.py', "misspelt.py: unknown setting 'n_layers'; did you mean 'n_layer'"),
-    ('type.py', "type.py: n_layer requires a whole number, not 'two'"),
+    ('misspelt.py', "misspelt.py: .*'n_layers'; did you mean 'n_layer'"),
+    ('type.py', "type.py: n_layer .*not 'two'"),
 ))
 def test_unreadable_argument(folder, argument, pattern):
     assert_refused(folder, 'train.py', [argument], pattern, expected_code=2)
@@ -203,20 +203,20 @@ def test_training_setting_out_of_range(folder, argument):
 @needs_forks
 @pytest.mark.parametrize('arguments, pattern', [
     pytest.param('--learning_rate=1e999', 'learning_rate=inf', id='infinite learning rate'),
-    pytest.param('--min_lr=1.0 --learning_rate=0.1', 'min_lr=1.0 is above learning_rate=0.1',
+    pytest.param('--min_lr=1.0 --learning_rate=0.1', 'min_lr=1.0 .*learning_rate=0.1',
                  id='min_lr above learning_rate'),
-    pytest.param('--cooldown_iters=19 --warmup_iters=2', 'cooldown_iters=19 and warmup_iters=2',
+    pytest.param('--cooldown_iters=19 --warmup_iters=2', 'cooldown_iters=19 .*warmup_iters=2',
                  id='no room for warmup and cooldown'),
     pytest.param('--muon_lr=0.02 --learning_rate=0.0 --min_lr=0.0',
-                 'muon_lr requires a learning_rate', id='Muon without a learning rate'),
+                 'muon_lr .*learning_rate', id='Muon without a learning rate'),
     pytest.param('--n_embd=400000 --n_head=1', 'out of memory', id='model too large'),
-    pytest.param('--batch_size=1000000000', 'out of memory; lower batch_size',
+    pytest.param('--batch_size=1000000000', 'memory; .*batch_size',
                  id='batch too large'),
-    pytest.param('--block_size=100000000', 'at most --block_size=5999', id='block too large'),
-    pytest.param('--eval_split=test', "eval_split='test' requires --eval_only=True",
+    pytest.param('--block_size=100000000', '--block_size=5999', id='block too large'),
+    pytest.param('--eval_split=test', "eval_split='test' .*--eval_only=True",
                  id='training with eval_split'),
     pytest.param('--eval_split=test --eval_only=True',
-                 'test.bin does not exist, but train.bin, val.bin', id='missing split'),
+                 'test.bin .*train.bin, val.bin', id='missing split'),
     pytest.param('--device=cuda:7', 'device=cuda:7', id='missing GPU'),
     pytest.param('--device=gpu', "device='gpu'", id='unknown device'),
     pytest.param('--dtype=float8', "dtype='float8'", id='unknown dtype'),
@@ -229,16 +229,16 @@ def test_training_settings(folder, arguments, pattern):
 
 @needs_forks
 @pytest.mark.parametrize('name, pattern', cases(
-    ('nowhere', r'nowhere/train.bin does not exist; datasets with a prepare.py: .*shakespeare'),
-    ('shakespeare', r'run: python data/shakespeare/prepare.py'),
-    ('FOLDER/odd_size', '3 bytes are not uint16'),
+    ('nowhere', 'nowhere/train.bin .*shakespeare_char'),
+    ('shakespeare', 'python data/shakespeare/prepare.py'),
+    ('FOLDER/odd_size', '3 bytes .*uint16'),
     ('FOLDER/too_short', '10 tokens.* --block_size=9'),
     ('FOLDER/large_ids', 'token 65535'),
-    ('FOLDER/uint32', 'tokens of 32 or 64 bits'),
-    ('FOLDER/meta_code', r'meta.pkl is not a vocabulary .*code \(io.open\), which was not run'),
-    ('FOLDER/meta_truncated', 'meta.pkl is not a vocabulary'),
-    ('FOLDER/meta_negative', 'meta.pkl is not a vocabulary .*vocab_size=-3'),
-    ('FOLDER/meta_string', 'meta.pkl is not a vocabulary'),
+    ('FOLDER/uint32', '32 or 64'),
+    ('FOLDER/meta_code', r'meta.pkl .*code \(io.open\)'),
+    ('FOLDER/meta_truncated', 'meta.pkl'),
+    ('FOLDER/meta_negative', 'meta.pkl .*vocab_size=-3'),
+    ('FOLDER/meta_string', 'meta.pkl'),
 ))
 def test_dataset(folder, name, pattern):
     if (ROOT / f'data/{name}/train.bin').exists():
@@ -248,9 +248,9 @@ def test_dataset(folder, name, pattern):
 
 @needs_forks
 @pytest.mark.parametrize('out_dir, pattern', cases(
-    ('file', 'out_dir=file is a file'),
+    ('file', 'out_dir=file'),
     ('file/out', 'file/out'),
-    ('', "out_dir='' is not a folder"),
+    ('', "out_dir=''"),
 ))
 def test_out_dir(folder, out_dir, pattern):
     assert_refused(folder, 'train.py', [f'--out_dir={out_dir}'], pattern)
@@ -259,7 +259,7 @@ def test_out_dir(folder, out_dir, pattern):
 @needs_forks
 @pytest.mark.parametrize('init_from, pattern', cases(
     ('nothing', 'nothing'),
-    ('nothing.pt', 'checkpoint nothing.pt does not exist'),
+    ('nothing.pt', 'nothing.pt'),
 ))
 def test_init_from(folder, init_from, pattern):
     assert_refused(folder, 'train.py', [f'--init_from={init_from}'], pattern)
@@ -271,17 +271,17 @@ def test_init_from(folder, init_from, pattern):
 @needs_forks
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
 @pytest.mark.parametrize('name, pattern', cases(
-    ('truncated', 'truncated.pt is not a complete checkpoint'),
-    ('empty', 'empty.pt is not a complete checkpoint'),
-    ('text', 'text.pt is not a complete checkpoint'),
-    ('code', r'code \(io.open\), which was not run'),
-    ('list', 'list.pt is not a checkpoint: .* list'),
-    ('no_model_args', 'no_model_args.pt lacks model_args'),
-    ('unknown_arg', 'unknown model_args: alibi'),
+    ('truncated', 'truncated.pt .*complete'),
+    ('empty', 'empty.pt .*complete'),
+    ('text', 'text.pt .*complete'),
+    ('code', r'code.pt .*code \(io.open\)'),
+    ('list', 'list.pt .* list'),
+    ('no_model_args', 'no_model_args.pt .*model_args'),
+    ('unknown_arg', 'model_args.*alibi'),
     ('three_heads', 'n_head=3'),
-    ('wider', 'wider.pt: the weights do not fit its model_args'),
-    ('nan', 'weights that are not finite: transformer.wte.weight'),
-    ('string', 'the weights do not fit .*"lm_head.weight"'),
+    ('wider', 'wider.pt.* model_args'),
+    ('nan', 'nan.pt.*finite.*transformer.wte.weight'),
+    ('string', 'string.pt.*lm_head.weight'),
 ))
 def test_checkpoint_file(folder, script, name, pattern):
     assert_refused(folder, script, [f'--init_from={name}.pt'], pattern)
@@ -289,13 +289,13 @@ def test_checkpoint_file(folder, script, name, pattern):
 
 @needs_forks
 @pytest.mark.parametrize('out_dir, pattern', cases(
-    ('missing', 'checkpoint missing/ckpt.pt does not exist'),
-    ('no_optimizer', 'optimizer=None has a wrong type'),
-    ('wrong_optimizer', 'its optimizer is of a model with other parameters, or of another kind'),
-    ('wrong_iter', "iter_num='x' has a wrong type"),
-    ('wrong_config', 'config=3 has a wrong type'),
-    ('wrong_scaler', r'scaler=\[3\] has a wrong type'),
-    ('wrong_loss', "best_val_loss='low' has a wrong type"),
+    ('missing', 'missing/ckpt.pt'),
+    ('no_optimizer', 'optimizer=None .*type'),
+    ('wrong_optimizer', 'wrong_optimizer/ckpt.pt: .*optimizer'),
+    ('wrong_iter', "iter_num='x' .*type"),
+    ('wrong_config', 'config=3 .*type'),
+    ('wrong_scaler', r'scaler=\[3\] .*type'),
+    ('wrong_loss', "best_val_loss='low' .*type"),
 ))
 def test_checkpoint_to_resume(folder, out_dir, pattern):
     arguments = ['--init_from=resume', f'--out_dir={out_dir}']
@@ -304,10 +304,10 @@ def test_checkpoint_to_resume(folder, out_dir, pattern):
 
 @needs_forks
 @pytest.mark.parametrize('argument, pattern', cases(
-    ('--dataset=FOLDER/other_characters', 'out/ckpt.pt has another vocabulary'),
-    ('--block_size=64', 'block_size=64 is more than the 16 of out/ckpt.pt'),
-    ('--block_size=0', 'block_size=0 must be at least 1'),
-    ('--muon_lr=0.02', 'state of optimizer, and these settings use muon and optimizer'),
+    ('--dataset=FOLDER/other_characters', 'vocabulary.* out/ckpt.pt .*dataset='),
+    ('--block_size=64', 'block_size=64 .*16 .*out/ckpt.pt'),
+    ('--block_size=0', 'block_size=0'),
+    ('--muon_lr=0.02', 'out/ckpt.pt .*muon_lr'),
 ))
 def test_settings_that_do_not_fit_the_checkpoint(folder, argument, pattern):
     arguments = ['--init_from=resume', '--out_dir=out', argument]
@@ -332,14 +332,14 @@ def test_sampling_setting_out_of_range(folder, argument):
     ('--past_block=most', "past_block='most'"),
     ('--past_block=roll', "past_block='roll'"),
     ('--quantize=int4', "quantize='int4'"),
-    ('--interactive=True --start=the', 'interactive=True asks for prompts'),
-    ('--out=out', 'out=out is not a file'),
+    ('--interactive=True --start=the', 'interactive=True .*--start'),
+    ('--out=out', 'out=out '),
     ('--start=', 'the prompt is empty'),
     ('--start=dog', "'dg' is not in the vocabulary"),
     ('--start=FILE:nowhere.txt', 'nowhere.txt'),
     ('--start=FILE:latin.txt', 'latin.txt .*UTF-8'),
     ('--start=FILE:empty.txt', 'the prompt is empty'),
-    ('--out_dir=nowhere', 'checkpoint nowhere/ckpt.pt does not exist'),
+    ('--out_dir=nowhere', 'nowhere/ckpt.pt'),
     ('--init_from=nothing/at-all', 'nothing/at-all'),
     ('--init_from=scratch', 'init_from=scratch'),
 ))
@@ -351,7 +351,7 @@ def test_sampling_settings(folder, arguments, pattern):
 @pytest.mark.parametrize('arguments, pattern', cases(
     ('--batch_size=0', 'batch_size=0'),
     ('--n_embd=17 --n_head=2', 'n_embd=17'),
-    ('--n_embd=15 --n_head=5 --rotary=True', 'n_embd=15 / n_head=5 must be even'),
+    ('--n_embd=15 --n_head=5 --rotary=True', 'n_embd=15 / n_head=5'),
     ('--seed=-1', 'seed=-1'),
     ('--mode=fast', "mode='fast'"),
     ('--mode=sample --max_new_tokens=0', 'max_new_tokens=0'),
@@ -369,7 +369,7 @@ def test_bench_settings(folder, arguments, pattern):
 @pytest.mark.parametrize('script, arguments, expected_code, pattern', [
     pytest.param('train.py', ['--n_layer=two'], 2, 'n_layer', id='configurator'),
     pytest.param('train.py', ['--n_embd=400000', '--n_head=1'], 1, 'out of memory', id='memory'),
-    pytest.param('sample.py', ['--init_from=nan.pt'], 1, 'not finite', id='checkpoint'),
+    pytest.param('sample.py', ['--init_from=nan.pt'], 1, 'nan.pt.*finite', id='checkpoint'),
 ])
 def test_plain_process(folder, script, arguments, expected_code, pattern):
     command = [sys.executable, ROOT / script, *complete(script, arguments, folder)]

@@ -91,19 +91,19 @@ def test_value(configure, argument, expected):
 
 
 @pytest.mark.parametrize('argument, pattern', [
-    ('--size=1.5', 'size requires a whole number, not 1.5'),
-    ('--size=x', "size requires a whole number, not 'x'"),
-    ('--size=True', 'size requires a whole number, not True'),
-    ('--rate=fast', "rate requires a number, not 'fast'"),
-    ('--rate=True', 'rate requires a number, not True'),
-    ('--flag=1', 'flag requires True or False, not 1'),
-    ('--flag=true', "flag requires True or False, not 'true'"),
+    ('--size=1.5', 'size .*not 1.5'),
+    ('--size=x', "size .*not 'x'"),
+    ('--size=True', 'size .*not True'),
+    ('--rate=fast', "rate .*number, not 'fast'"),
+    ('--rate=True', 'rate .*number, not True'),
+    ('--flag=1', 'flag .*True or False, not 1'),
+    ('--flag=true', "flag .*True or False, not 'true'"),
     ('--sise=3', "unknown setting 'sise'; did you mean 'size'?"),
     ('--_private=3', "unknown setting '_private'"),
     ('--later=3', "unknown setting 'later'"),
-    ('--flag', "cannot read '--flag'"),
-    ('-size=3', "cannot read '-size=3'"),
-    ('size=3', "cannot read 'size=3'"),
+    ('--flag', "'--flag'; .*--key=value"),
+    ('-size=3', "'-size=3'; .*--key=value"),
+    ('size=3', "'size=3'; .*--key=value"),
 ])
 def test_refused_argument(assert_refused, argument, pattern):
     assert_refused(argument, pattern)
@@ -155,7 +155,7 @@ def test_names_that_are_not_settings(configure, tmp_path, capsys):
     (tmp_path / 'a.py').write_text('size = 5\nepochs = 3\nhelper_number = 4\n')
     assert configure('a.py') == {**DEFAULTS, 'size': 5}
     out = capsys.readouterr().out
-    assert out == 'a.py: ignored, not settings of this script: epochs, helper_number\n'
+    assert re.fullmatch('a.py: .*epochs, helper_number\n', out)
 
 
 def test_name_like_a_setting_that_is_set(configure, tmp_path):
@@ -168,8 +168,8 @@ def test_name_like_a_setting_that_is_set(configure, tmp_path):
     pytest.param('\nsize = 1 / 0\n', 'a.py, line 2: ZeroDivisionError', id='exception'),
     pytest.param('sizes = 5\n', "a.py: unknown setting 'sizes'; did you mean 'size'?",
                  id='misspelt'),
-    pytest.param('size = "big"\n', "a.py: size requires a whole number, not 'big'", id='type'),
-    pytest.param('name = None\n', 'a.py: name requires a string, not None', id='none'),
+    pytest.param('size = "big"\n', "a.py: size .*not 'big'", id='type'),
+    pytest.param('name = None\n', 'a.py: name .*string, not None', id='none'),
 ])
 def test_broken_config_file(assert_refused, tmp_path, text, pattern):
     (tmp_path / 'a.py').write_text(text)

@@ -113,7 +113,7 @@ def test_datasets_that_are_prepared(data_dir):
 
 def test_missing_split(data_dir):
     write_bin(data_dir / 'words', range(100))
-    assert 'test.bin does not exist, but train.bin does; ' in missing_bin('words', 'test')
+    assert 'test.bin does not exist; the folder has train.bin; ' in missing_bin('words', 'test')
 
 
 def test_datasets_of_this_repository():

@@ -93,7 +93,6 @@ def test_mfu_counts_the_share_of_one_process(tmp_path, dataset, script_globals, 
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(distributed, 'init_process_group', join)
     monkeypatch.setattr(distributed, 'shut_down', lambda code: dist.destroy_process_group())
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # train.py replaces it
     monkeypatch.setattr(Timer, 'PEAK_MEASUREMENTS', 1)
     names = script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 6,
                                           'gradient_accumulation_steps': 2, 'eval_interval': 0})
@@ -139,7 +138,7 @@ def test_more_processes_than_micro_batches(tmp_path, dataset):
     settings = {**SMALL, 'dataset': dataset, 'gradient_accumulation_steps': 1}
     _, error = run('train.py', cwd=tmp_path, processes=2, code=1, **settings)
     for line in error.splitlines():
-        assert line.startswith('train.py: gradient_accumulation_steps=1 is less than')
+        assert re.match('train.py: gradient_accumulation_steps=1 .*processes, 2', line)
 
 
 def test_incomplete_variables_of_torchrun(tmp_path, dataset, monkeypatch):
@@ -158,7 +157,7 @@ device.default_dtype = lambda *args: ('float16', 'bfloat16')[int(os.environ['RAN
 """, tmp_path, monkeypatch)
     settings = {**SMALL, 'dataset': dataset, 'gradient_accumulation_steps': 2, 'dtype': 'auto'}
     _, error = run('train.py', cwd=tmp_path, processes=2, code=1, **settings)
-    assert 'train.py: dtype=bfloat16 on this machine and float16 on the first' in error
+    assert re.search('^train.py: dtype=bfloat16 .*float16 .*--dtype', error, re.MULTILINE)
     assert 'Traceback' not in error
 
 # -----------------------------------------------------------------------------
@@ -185,7 +184,7 @@ optim.clip_and_step = clip_and_die
     code, out, error = run_script('train.py', flags(settings), tmp_path, processes=2)
     assert code == -signal.SIGKILL
     assert 'iter 4: loss' in out
-    assert 'train.py: another process of this job has ended' in error
+    assert re.search('^train.py: another process .*', error, re.MULTILINE)
     assert 'Traceback' not in error
     assert not list((tmp_path / 'out').glob('*.pt'))
 
@@ -239,18 +238,17 @@ torch.save = save_slowly
 
 
 @pytest.mark.parametrize('exit_code', [0, 1, 143])
-def test_shut_down_of_a_single_process(monkeypatch, exit_code, capsys):
+def test_shut_down_of_a_single_process(monkeypatch, exit_code):
     finished = []
     wandb = SimpleNamespace(finish=lambda: finished.append(True))
     monkeypatch.setitem(sys.modules, 'wandb', wandb)
     ended_with = 0
     try:
-        distributed.shut_down(exit_code, 'a message')
+        distributed.shut_down(exit_code)
     except SystemExit as stopped:
         ended_with = stopped.code
     assert ended_with == exit_code
     assert finished == [True]
-    assert capsys.readouterr().err == 'a message\n'
 
 # -----------------------------------------------------------------------------
 # torchrun itself

@@ -84,7 +84,7 @@ def test_enough_space(small_disk, tmp_path):
 
 
 def test_not_enough_space(small_disk, tmp_path):
-    with pytest.raises(OSError, match=r'4\.5 MB needed, 3\.0 MB are free'):
+    with pytest.raises(OSError, match=r'4\.5 MB needed, 3\.0 MB free'):
         check_free_space(tmp_path, 4_500_000)
 
 # -----------------------------------------------------------------------------

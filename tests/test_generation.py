@@ -378,7 +378,7 @@ def test_filtered_tokens_with_a_cdf_out_of_order(monkeypatch):
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_non_finite_logits(value):
     logits = torch.tensor([[1.0, 2.0], [value, 1.0]])
-    with pytest.raises(UserError, match='not finite'):
+    with pytest.raises(UserError, match='non-finite'):
         sample_token(logits, torch.zeros(2))
 
 # -----------------------------------------------------------------------------
@@ -401,8 +401,8 @@ def test_read_prompts(tmp_path, monkeypatch):
     ('FILE:nowhere.txt', 'there is no file nowhere.txt'),
     ('LINES:nowhere.txt', 'there is no file nowhere.txt'),
     ('FILE:latin.txt', 'latin.txt is not in UTF-8'),
-    ('FILES:nothing*', 'names no prompts'),
-    ('LINES:empty.txt', 'names no prompts'),
+    ('FILES:nothing*', 'no prompts found'),
+    ('LINES:empty.txt', 'no prompts found'),
 ])
 def test_prompts_that_cannot_be_read(tmp_path, monkeypatch, start, message):
     monkeypatch.chdir(tmp_path)

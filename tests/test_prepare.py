@@ -215,7 +215,7 @@ def test_prepare_bookcorpus(clone, tmp_path, prepare, gpt2):
 def test_prepare_rows_bad_file(clone, tmp_path, prepare):
     """ One line; neither the source nor the dataset's folder changes. """
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(SystemExit, match='a.jsonl, line 2: no key text') as stopped:
+    with pytest.raises(SystemExit, match='a.jsonl, line 2: no key .text.') as stopped:
         prepare('bookcorpus', source='a.jsonl')
     assert '\n' not in stopped.value.code
     names = sorted(path.name for path in (clone / 'data/bookcorpus').iterdir())
@@ -462,7 +462,7 @@ def test_killed_workers(tmp_path):
         os.kill(worker, signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert 'memory ran out; the same command continues' in error.splitlines()[-1]
+    assert 'memory ran out; the same command to continue' in error.splitlines()[-1]
     assert 'Traceback' not in error
     assert finished_batches(tmp_path)
 
@@ -481,7 +481,7 @@ def test_ctrl_c_twice(tmp_path):
         time.sleep(0.05)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert error.splitlines()[-1] == 'prepare.py: interrupted; the same command continues'
+    assert error.splitlines()[-1] == 'prepare.py: interrupted; the same command to continue'
     assert 'Traceback' not in error
     assert finished_batches(tmp_path)
 

@@ -231,7 +231,7 @@ def test_non_finite_logits(sample, monkeypatch):
         return torch.full((len(idx), 1, len(CHARACTERS)), torch.nan), None
 
     monkeypatch.setattr(GPT, 'forward', forward)
-    with pytest.raises(SystemExit, match='not finite'):
+    with pytest.raises(SystemExit, match='non-finite'):
         sample(start='the')
     with pytest.raises(FileNotFoundError):  # no samples
         sample('the\n', interactive=True)

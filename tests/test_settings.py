@@ -309,7 +309,7 @@ def test_checkpoint_of_the_same_vocabulary():
     pytest.param({'kind': 'gpt2'}, id='other kind'),
 ])
 def test_checkpoint_of_another_vocabulary(tokenizer):
-    with refused('out/ckpt.pt has another vocabulary', 'dataset=words'):
+    with refused('vocabulary of out/ckpt.pt differs', 'dataset=words'):
         fit(dict(vocab_size=50304, block_size=16), checkpoint={'tokenizer': tokenizer})
 
 

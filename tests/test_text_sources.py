@@ -209,13 +209,13 @@ def test_pieces_of_long_text_are_short(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name, content, message', [
     pytest.param('a.txt', b'one\ntwo\nthr\xe9e\n', 'a.txt, line 3: not in UTF-8', id='latin-1'),
     pytest.param('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', 'line 2: Expecting', id='cut off'),
-    pytest.param('a.jsonl', b'{"text": "a"}\n\n{"b": "b"}\n', 'line 3: no key text', id='no text'),
-    pytest.param('a.jsonl', b'{"text": 3}\n', 'line 1: no key text', id='number in jsonl'),
-    pytest.param('a.jsonl', b'[1]\n', 'line 1: no key text', id='list'),
+    pytest.param('a.jsonl', b'{"text": "a"}\n\n{"b": "b"}\n', 'line 3: no key', id='no text'),
+    pytest.param('a.jsonl', b'{"text": 3}\n', 'line 1: no key', id='number in jsonl'),
+    pytest.param('a.jsonl', b'[1]\n', 'line 1: no key', id='list'),
     pytest.param('a.jsonl', b'{"text": "\xe9"}\n', "line 1: 'utf-8' codec", id='jsonl in latin-1'),
     pytest.param('a.jsonl', rb'{"text": "\ud800"}', "line 1: 'utf-8' codec", id='half a surrogate'),
     pytest.param('a.parquet', b'not one', 'a.parquet: ', id='not parquet'),
-    pytest.param('a.parquet', {'txt': ['a']}, 'a.parquet: no column text, but txt', id='column'),
+    pytest.param('a.parquet', {'txt': ['a']}, "no column 'text'", id='column'),
     pytest.param('a.parquet', {'text': ['a', None]}, 'a.parquet: row 2: None', id='null'),
     pytest.param('a.parquet', {'text': [1]}, 'a.parquet: row 1: 1 is', id='number in parquet'),
 ])

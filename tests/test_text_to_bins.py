@@ -108,7 +108,7 @@ def test_split_without_text(tmp_path):
 @pytest.mark.usefixtures('gpt2')
 def test_disk_space_is_checked_first(tmp_path, monkeypatch, record, num_bytes):
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=num_bytes - 1))
-    with pytest.raises(OSError, match='MB are free'):
+    with pytest.raises(OSError, match='MB free'):
         write_bins(tmp_path, {'train': ['a' * 1000]}, record, 1000)
     assert not list(tmp_path.glob('*.bin*'))
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=num_bytes))
@@ -235,7 +235,7 @@ def test_preparing_refused_input_keeps_parts_of_earlier_run(tmp_path):
 
 
 @pytest.mark.parametrize('error, message', [
-    pytest.param(KeyboardInterrupt(), 'interrupted; the same command continues', id='Ctrl-C'),
+    pytest.param(KeyboardInterrupt(), 'interrupted; run the same command to continue', id='Ctrl-C'),
     pytest.param(BrokenExecutor('A worker ended.'), 'ended. Perhaps memory ran out', id='worker'),
     pytest.param(OSError(28, 'No space left on device'), 'No space left', id='disk full'),
 ])

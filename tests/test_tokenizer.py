@@ -166,8 +166,8 @@ def test_meta_with_vocab_size_alone(tmp_path):
 
 
 @pytest.mark.parametrize('meta, message', [
-    pytest.param({'vocab_size': np.int64(3)}, 'carries code', id='numpy number'),
-    pytest.param({'vocab_size': 3, 'itos': types.SimpleNamespace()}, 'carries code', id='class'),
+    pytest.param({'vocab_size': np.int64(3)}, 'contains code', id='numpy number'),
+    pytest.param({'vocab_size': 3, 'itos': types.SimpleNamespace()}, 'contains code', id='class'),
     pytest.param({'vocab_size': 2**16 + 1}, 'uint16', id='too large'),
     pytest.param({'vocab_size': 0}, 'vocab_size=0', id='empty'),
     pytest.param({'vocab_size': 'x'}, "vocab_size='x'", id='not a number'),
@@ -206,6 +206,6 @@ class Bomb:
 
 def test_meta_runs_no_code(tmp_path):
     save_meta(tmp_path, {'vocab_size': 3, 'itos': Bomb(tmp_path / 'boom')})
-    with pytest.raises(UserError, match='carries code'):
+    with pytest.raises(UserError, match='contains code'):
         load_meta(tmp_path)
     assert not (tmp_path / 'boom').exists()

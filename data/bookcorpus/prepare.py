@@ -1,5 +1,5 @@
 """
-BookCorpus, 11,038 unpublished novels, in GPT-2's byte-pair encoding.
+BookCorpus, 11,038 novels that their authors published for free, in GPT-2's byte-pair encoding.
 
 Source: bookcorpus/bookcorpus on the Hugging Face hub; or with --source=FOLDER a local copy in
 .parquet or .jsonl files, sorted by path.

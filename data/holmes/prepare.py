@@ -1,5 +1,5 @@
 """
-The Adventures of Sherlock Holmes, one token a character.
+The Adventures of Sherlock Holmes, one token per character.
 
 Source: Arthur Conan Doyle, 1892, as Project Gutenberg's book 1661, public domain. Gutenberg's
 header, credits and license are cut off. A text of your own, saved beside this file as input.txt, is
@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from components.text_sources import download, read_text  # noqa: E402
 from components.text_to_bins import preparing, write_bins  # noqa: E402
 
+# with an underscore, because a public name would be a setting
 _URL = 'https://www.gutenberg.org/cache/epub/1661/pg1661.txt'
 
 

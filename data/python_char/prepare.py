@@ -1,5 +1,5 @@
 """
-The source of Python's standard library, one token a character: a dataset that needs no network.
+The source of Python's standard library, one token per character: a dataset that needs no network.
 
 Source: the .py files of the Python that runs this script (PSF license), sorted by relative path, at
 most 12 million characters. The vocabulary is the newline and the 95 printable characters of ASCII.

@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare, one token a character.
+Tiny Shakespeare, one token per character.
 
 Source: the plays that Andrej Karpathy collected for char-rnn, 1,115,394 characters, public domain.
 A text of your own, saved beside this file as input.txt, is used instead.
