@@ -60,7 +60,8 @@ def preparing(folder):
         except KeyboardInterrupt:
             raise UserError('interrupted; run the same command to continue') from None
         except BrokenExecutor as error:
-            raise UserError(f'{error} Perhaps memory ran out; the same command continues') from None
+            raise UserError(f'{error} Perhaps memory ran out; run the same command to '
+                            'continue') from None
         finally:
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()

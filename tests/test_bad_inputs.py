@@ -173,7 +173,7 @@ def test_valid_settings(tmp_path, folder, script):
     ('--bias=1', 'bias .*True or False, not 1'),
     ('--learning_rate=fast', "learning_rate .*number, not 'fast'"),
     ('missing.py', "config file 'missing.py'"),
-    ('config/train_gpt3.py', 'did you mean config/train_gpt2.py'),
+    ('config/train_gpt3.py', r'did you mean \S*config/train_gpt2.py'),
     ('latin.txt', "config file 'latin.txt'"),
     ('out', "config file 'out'"),
     ('syntax.py', 'syntax.py, line 1: SyntaxError'),

@@ -462,7 +462,7 @@ def test_killed_workers(tmp_path):
         os.kill(worker, signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert 'memory ran out; the same command to continue' in error.splitlines()[-1]
+    assert 'memory ran out; run the same command to continue' in error.splitlines()[-1]
     assert 'Traceback' not in error
     assert finished_batches(tmp_path)
 
@@ -481,7 +481,7 @@ def test_ctrl_c_twice(tmp_path):
         time.sleep(0.05)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert error.splitlines()[-1] == 'prepare.py: interrupted; the same command to continue'
+    assert error.splitlines()[-1] == 'prepare.py: interrupted; run the same command to continue'
     assert 'Traceback' not in error
     assert finished_batches(tmp_path)
 
