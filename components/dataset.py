@@ -102,12 +102,14 @@ def prefetch(load, calls, device, dtype):
         calls: an iterable of its arguments, which may be infinite
         device, dtype: which the thread prepares to use
     """
-    with ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype)) as thread:
-        upcoming = None
-        for arguments in calls:
-            current = upcoming
-            upcoming = thread.submit(load, *arguments)
-            if current is not None:
-                yield current.result()
-        if upcoming is not None:
-            yield upcoming.result()
+    # not in a `with` block: Python may delete an unfinished generator within any other call, where
+    # waiting for the thread can be a deadlock; the thread ends by itself when nothing refers to it
+    thread = ThreadPoolExecutor(1, initializer=use_device, initargs=(device, dtype))
+    upcoming = None
+    for arguments in calls:
+        current = upcoming
+        upcoming = thread.submit(load, *arguments)
+        if current is not None:
+            yield current.result()
+    if upcoming is not None:
+        yield upcoming.result()

@@ -200,3 +200,22 @@ def test_the_thread_uses_the_device(monkeypatch):
     batches = prefetch(torch.zeros, [(2,)], 'cuda:1', 'bfloat16')
     assert next(batches).tolist() == [0, 0]
     assert used == [('cuda:1', 'bfloat16')]
+
+
+def test_prefetch_thread_ends_with_its_generator():
+    """ Without waiting for it: a generator may be deleted where waiting is a deadlock. """
+    threads = []
+    may_load = threading.Event()
+
+    def load(number):
+        threads.append(threading.current_thread())
+        if number > 0:
+            may_load.wait(timeout=60)
+        return number
+
+    batches = prefetch(load, ((number,) for number in itertools.count()), 'cpu', 'float32')
+    assert next(batches) == 0
+    del batches  # returns, although the thread is loading
+    may_load.set()
+    threads[0].join(timeout=30)
+    assert not threads[0].is_alive()
