@@ -205,17 +205,19 @@ def test_the_thread_uses_the_device(monkeypatch):
 def test_prefetch_thread_ends_with_its_generator():
     """ Without waiting for it: a generator may be deleted where waiting is a deadlock. """
     threads = []
-    may_load = threading.Event()
+    was_deleted_first = []
+    is_deleted = threading.Event()
 
     def load(number):
         threads.append(threading.current_thread())
         if number > 0:
-            may_load.wait(timeout=60)
+            was_deleted_first.append(is_deleted.wait(timeout=5))
         return number
 
     batches = prefetch(load, ((number,) for number in itertools.count()), 'cpu', 'float32')
     assert next(batches) == 0
     del batches  # returns, although the thread is loading
-    may_load.set()
+    is_deleted.set()
     threads[0].join(timeout=30)
     assert not threads[0].is_alive()
+    assert was_deleted_first == [True]
