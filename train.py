@@ -30,6 +30,7 @@ from components.monitor import StepMonitor
 from components.pretrained import find_model, load_model, resolve_init_from
 from components.signals import StopSignal
 from components.tokenizer import load_meta, tokenizer_record
+from components.torch_versions import ddp_without_buffer_sync
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -107,7 +108,7 @@ with one_line_errors():
 install_excepthook(config, ddp)
 
 if ddp and device_type == 'cuda':
-    device = f'cuda:{local_rank}'
+    device = f'cuda:{local_rank % torch.cuda.device_count()}'  # 0 if it can see no other
 autocast = use_device(device, dtype)
 job = distributed.Job()  # without torchrun
 if ddp:
@@ -161,8 +162,7 @@ if compile:
     model = torch.compile(raw_model)
 eval_model = model  # without DDP
 if ddp:
-    device_ids = [local_rank] if device_type == 'cuda' else None
-    model = DDP(model, device_ids, forward_sync_buffers=False)  # buffers are constant
+    model = DDP(model, **ddp_without_buffer_sync())  # buffers are constant
 
 # -----------------------------------------------------------------------------
 # batches

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import time
 from contextlib import nullcontext
 from functools import cache
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 import torch
 
 from components.errors import UserError
+from components.torch_versions import cpu_capabilities
 
 # dense 16-bit FLOP/s with float32 accumulation, from the makers' data sheets; the first match
 # counts
@@ -47,19 +49,65 @@ def has_fbgemm(device_type):
 
 def has_bfloat16():
     """ Whether this CPU multiplies in bfloat16, about twice as fast as in float32. """
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
 
 
-def has_compiler():
-    """ Whether a C++ compiler is installed, which torch.compile requires. """
-    names = ['cl'] if os.name == 'nt' else ['c++', 'g++', 'clang++']
-    names.append(os.environ.get('CXX', ''))
-    return any(shutil.which(name) for name in names)
+def missing_for_compile(device_type):
+    """
+    What torch.compile requires on this device and is not installed, for messages; '' if nothing.
+    On a CPU the compiler builds the kernels; on a GPU Triton does, and the compiler what starts
+    them.
+    """
+    if device_type != 'cuda':
+        names = ['cl'] if os.name == 'nt' else ['c++', 'g++', 'clang++']
+        return '' if has_program('CXX', *names) else 'a C++ compiler'
+    if find_spec('triton') is None:
+        return 'Triton'
+    if not has_program('CC', 'gcc', 'clang', 'cl'):
+        return 'a C compiler'
+    header = os.path.join(sysconfig.get_config_var('INCLUDEPY'), 'Python.h')
+    return '' if os.path.exists(header) else f"{header}, a part of Python's development files"
+
+
+def has_program(variable, *names):
+    """ Whether the program that an environment variable names, or one of `names`, is installed. """
+    return any(shutil.which(name) for name in (os.environ.get(variable, ''), *names))
+
+
+def why_cuda_is_unusable():
+    """
+    Why PyTorch cannot use the GPU although an NVIDIA driver is installed, for messages; '' if none
+    is, or if CUDA_VISIBLE_DEVICES hides the GPU on purpose.
+    """
+    has_driver = os.path.exists('/proc/driver/nvidia/version') or shutil.which('nvidia-smi')
+    is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+    if not has_driver or is_hidden:
+        return ''
+    if torch.version.cuda is None:
+        return ('an NVIDIA driver is installed, but PyTorch without CUDA; '
+                'pytorch.org/get-started/locally has the command for CUDA')
+    return (f'the NVIDIA driver does not work with this PyTorch, which is for CUDA '
+            f'{torch.version.cuda}; nvidia-smi shows up to which version of CUDA the driver works')
+
+
+def has_kernels(index):
+    """ Whether this PyTorch was built for the GPU: for its architecture or an earlier one. """
+    capability = torch.cuda.get_device_capability(index)
+    architectures = ' '.join(torch.cuda.get_arch_list())  # 'sm_80 sm_90 compute_90'
+    kernels = re.findall(r'(sm|compute)_(\d+)(\d)', architectures)
+    for kind, major, minor in kernels:
+        built_for = (int(major), int(minor))
+        # compiled kernels (sm) run on later minor versions; PTX (compute) on all later ones
+        if built_for <= capability and (kind == 'compute' or built_for[0] == capability[0]):
+            return True
+    return not kernels  # ROCm names its architectures differently
 
 
 def device_count(device_type):
-    """ How many devices of this type the machine has. """
+    """ How many devices of this type PyTorch can use. """
+    if device_type == 'cuda' and not torch.cuda.is_available():
+        return 0  # torch.cuda.device_count() also counts GPUs whose driver is too old
     if device_type == 'cuda':
         return torch.cuda.device_count()
     if device_type == 'mps':
@@ -72,6 +120,8 @@ def free_memory(device_type):
     if device_type == 'cuda':
         free, _ = torch.cuda.mem_get_info()
         return free
+    if device_type == 'mps':
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
         with open('/proc/meminfo') as file:
             available = re.search(r'MemAvailable: *(\d+) kB', file.read())
@@ -92,7 +142,8 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
     Returns:
         device, dtype, compile: two strings and a bool
 
-    Raises UserError for a device that this machine does not have, and for unknown names.
+    Raises UserError for a device that this machine does not have or PyTorch was not built for, and
+    for unknown names.
     """
     if device == 'auto':
         device = default_device()
@@ -103,8 +154,12 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
     index = int(index or 0)
     count = device_count(device_type)
     if index >= count:
-        raise UserError(f'device={device} is not available: this machine has {count} {device_type} '
-                        'devices; --device=auto selects one')
+        reason = f'this machine has {count} {device_type} devices'
+        if device_type == 'cuda' and count == 0:
+            reason = why_cuda_is_unusable() or reason
+        raise UserError(f'device={device} is not available: {reason}; --device=auto selects one')
+    if device_type == 'cuda':
+        check_kernels(index)
 
     if dtype == 'auto':
         dtype = default_dtype(device_type, index, training)
@@ -119,16 +174,33 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
 
 
 def default_device():
-    """ CUDA, else MPS, else the CPU. """
+    """ CUDA, else MPS, else the CPU, with a line to standard error if that wastes a GPU. """
     if torch.cuda.is_available():
         return 'cuda'
     if torch.backends.mps.is_available():
         return 'mps'
+    reason = why_cuda_is_unusable()
+    if reason:
+        print(f'device: cpu, because {reason}', file=sys.stderr)
     return 'cpu'
 
 
+def check_kernels(index):
+    """ Raises UserError if this PyTorch was not built for the GPU. """
+    if has_kernels(index):
+        return
+    major, minor = torch.cuda.get_device_capability(index)
+    raise UserError(f'this PyTorch, for CUDA {torch.version.cuda}, was not built for the GPU '
+                    f'{torch.cuda.get_device_name(index)} (sm_{major}{minor}), but for '
+                    f'{" ".join(torch.cuda.get_arch_list())}; install one for another CUDA '
+                    '(pytorch.org/get-started/locally), or set --device=cpu')
+
+
 def default_dtype(device_type, index, training):
-    """ A 16-bit dtype where the device computes in it natively, else float32. """
+    """
+    A 16-bit dtype where the device computes in it natively, else float32. Apple's GPUs keep
+    float32: 16 bits have not been measured there.
+    """
     if device_type == 'cuda':
         is_ampere_or_newer = torch.cuda.get_device_capability(index) >= (8, 0)
         return 'bfloat16' if is_ampere_or_newer else 'float16'
@@ -140,8 +212,8 @@ def default_dtype(device_type, index, training):
 
 
 def can_compile(device_type, index):
-    """ Whether torch.compile pays: on a GPU that Triton supports, with a compiler installed. """
-    if device_type != 'cuda' or not has_compiler() or find_spec('triton') is None:
+    """ Whether torch.compile pays: on a GPU that Triton supports, if nothing is missing. """
+    if device_type != 'cuda' or missing_for_compile('cuda'):
         return False
     return torch.cuda.get_device_capability(index) >= (7, 0)
 

@@ -5,11 +5,16 @@ Not here: what each of them computes (train.py); signals (signals.py).
 """
 import os
 import sys
+from datetime import timedelta
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from components.errors import UserError
+
+# how long processes wait for each other: longer than one of them saves, uploads or compiles
+TIMEOUT = timedelta(hours=1)
 
 
 class Job(NamedTuple):
@@ -29,7 +34,7 @@ def choose_backend(backend, device_type):
 
 def init_process_group(backend, rank, world_size, dtype):
     """
-    Joins the other processes of the job.
+    Joins the other processes of the job. With NCCL, this process has to have selected its GPU.
 
     Raises UserError if variables of torchrun are missing, and if this machine selected another
     `dtype` than the first one: float16 gradients are scaled, and their sum with others is wrong.
@@ -51,7 +56,11 @@ def init_process_group(backend, rank, world_size, dtype):
     if dtype != master_dtype:
         raise UserError(f'dtype={dtype} on this machine differs from {master_dtype} on the '
                         'first; set the same --dtype on all machines')
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    gpu = None
+    if backend == 'nccl':  # otherwise NCCL guesses the GPU from the rank
+        gpu = torch.device('cuda', torch.cuda.current_device())
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                            timeout=TIMEOUT, device_id=gpu)
     return Job(name, restart_count != '0')
 
 

@@ -57,6 +57,18 @@ def is_connection_lost(error):
     return isinstance(error, RuntimeError) and re.search(CONNECTION_LOST, str(error)) is not None
 
 
+def how_to_save_memory(settings):
+    """ For messages: the flags of a smaller micro-batch, or what else to lower. """
+    batch_size = settings['batch_size']
+    num_micro_batches = settings['gradient_accumulation_steps']
+    for divisor in range(2, batch_size + 1):
+        if batch_size % divisor == 0:
+            return ('a lower batch_size with a higher gradient_accumulation_steps computes the '
+                    f'same iteration: --batch_size={batch_size // divisor} '
+                    f'--gradient_accumulation_steps={num_micro_batches * divisor}')
+    return 'a lower block_size or a smaller model needs less'
+
+
 def install_excepthook(settings, ddp):
     """
     Reports memory that ran out, and the end of another process of the job, in one line without a
@@ -80,8 +92,7 @@ def install_excepthook(settings, ddp):
     def excepthook(kind, error, trace):
         text = ' '.join(str(error).split())[:100]
         if is_out_of_memory(error):
-            exit_with(f'out of memory ({text}) with {sizes}; a lower batch_size with a higher '
-                      'gradient_accumulation_steps computes the same iteration')
+            exit_with(f'out of memory ({text}) with {sizes}; {how_to_save_memory(settings)}')
         if ddp and is_connection_lost(error):
             exit_with(f'another process of this job has ended ({text}); this one does not save')
         sys.__excepthook__(kind, error, trace)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from components.dataset import largest_id
-from components.device import has_compiler, has_fbgemm
+from components.device import has_fbgemm, missing_for_compile
 from components.errors import UserError
 from components.tokenizer import has_tokenizer, hf_record, tokenizer_record, tokens_of
 from model import GPTConfig
@@ -34,8 +34,9 @@ def check_common(s):
     """ The rules that all scripts share. """
     require(0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1')
     if s.compile:
-        require(has_compiler(),
-                'compile=True requires a C++ compiler, which is not installed; set --compile=False')
+        missing = missing_for_compile(s.device.partition(':')[0])
+        require(not missing,
+                f'compile=True requires {missing}, which is not installed; set --compile=False')
 
 
 def model_config(**args):
@@ -128,7 +129,8 @@ def check_processes(s, device_type, ddp, local_world_size):
         require(device_type != 'mps', 'several processes cannot share an Apple GPU; --device=cpu')
     if device_type == 'cuda':
         num_gpus = torch.cuda.device_count()
-        require(local_world_size <= num_gpus,
+        # some launchers show each process its own GPU alone
+        require(local_world_size <= num_gpus or num_gpus == 1,
                 f'{local_world_size} processes on a machine with {num_gpus} GPUs; set '
                 f'--nproc_per_node={num_gpus}')
 

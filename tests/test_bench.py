@@ -5,9 +5,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import run
 
 from components import device, optim
+from components import settings as settings_module
 from model import GPT, GPTConfig
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, device='cpu')
@@ -33,6 +35,26 @@ def test_compare(tmp_path, dataset):
         assert float(ratio) == pytest.approx(float(other) / float(this), abs=0.02)
         assert 0.05 < float(ratio) < 20
     assert 'peak memory' not in out  # it would be that of all models together
+
+
+@pytest.mark.slow
+def test_compiled_variants_share_two_graphs(script_globals, dataset, monkeypatch):
+    """
+    One of each dtype. Past its limit of 8 graphs of one function, torch.compile would run what is
+    left without compiling.
+    """
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+    compile = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', lambda model: compile(model, backend=backend))
+    monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
+    script_globals('bench.py', mode='compare', compile=True, dtype='bfloat16', dataset=dataset,
+                   **TINY)
+    assert len(graphs) == 2
 
 
 @pytest.mark.slow

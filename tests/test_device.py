@@ -1,6 +1,5 @@
 """ components/device.py: which device, dtype and compile are selected, memory, and peak FLOP/s. """
 import os
-import shutil
 import time
 from contextlib import nullcontext
 
@@ -13,7 +12,6 @@ from components.device import (
     HostCopy,
     choose_device,
     free_memory,
-    has_compiler,
     has_fbgemm,
     measure_peak,
     peak_flops,
@@ -30,13 +28,13 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """ gpus(capability) pretends that this machine has two GPUs, a compiler, and Triton. """
-    def pretend(capability=(8, 0), compiler='g++', triton='spec'):
+    """ gpus(capability) pretends that there are two GPUs, and what torch.compile requires. """
+    def pretend(capability=(8, 0), missing=''):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
-        monkeypatch.setattr(shutil, 'which', lambda name: compiler)
-        monkeypatch.setattr(device_module, 'find_spec', lambda name: triton)
+        monkeypatch.setattr(torch.cuda, 'get_arch_list', list)
+        monkeypatch.setattr(device_module, 'missing_for_compile', lambda device_type: missing)
     return pretend
 
 # -----------------------------------------------------------------------------
@@ -88,13 +86,13 @@ def test_dtype_of_a_gpu(gpus, capability, dtype):
     pytest.param({}, 'float32', id='another architecture'),
 ])
 def test_dtype_of_a_cpu(monkeypatch, capabilities, dtype):
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities)
+    monkeypatch.setattr(device_module, 'cpu_capabilities', lambda: capabilities)
     assert choose_device('cpu')[1] == dtype
 
 
 @pytest.mark.parametrize('fbgemm, dtype', [(True, 'float16'), (False, 'float32')])
 def test_dtype_of_a_cpu_for_inference(monkeypatch, fbgemm, dtype):
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)
+    monkeypatch.setattr(device_module, 'cpu_capabilities', dict)
     monkeypatch.setattr(device_module, 'has_fbgemm', lambda device_type: fbgemm)
     assert choose_device('cpu', training=False)[1] == dtype
 
@@ -103,8 +101,7 @@ def test_dtype_of_a_cpu_for_inference(monkeypatch, fbgemm, dtype):
     pytest.param(dict(), True, id='Ampere'),
     pytest.param(dict(capability=(7, 0)), True, id='Volta'),
     pytest.param(dict(capability=(6, 1)), False, id='Pascal'),
-    pytest.param(dict(compiler=None), False, id='no compiler'),
-    pytest.param(dict(triton=None), False, id='no Triton'),
+    pytest.param(dict(missing='Triton'), False, id='no Triton'),
 ])
 def test_compile_of_a_gpu(gpus, machine, compiled):
     gpus(**machine)
@@ -113,7 +110,7 @@ def test_compile_of_a_gpu(gpus, machine, compiled):
 
 def test_explicit_compile_without_a_compiler(gpus):
     """ settings.py then refuses it with the reason. """
-    gpus(compiler=None)
+    gpus(missing='a C compiler')
     assert choose_device(compile=True)[2] is True
 
 
@@ -144,23 +141,6 @@ def test_gpu_that_does_not_exist(gpus):
 
 # -----------------------------------------------------------------------------
 # what this machine can do
-
-def test_compiler(monkeypatch):
-    monkeypatch.delenv('CXX', raising=False)
-    monkeypatch.setattr(shutil, 'which', lambda name: name == 'clang++')
-    assert has_compiler()
-
-
-def test_compiler_of_the_environment(monkeypatch):
-    monkeypatch.setenv('CXX', '/opt/bin/my-compiler')
-    monkeypatch.setattr(shutil, 'which', lambda name: name == '/opt/bin/my-compiler')
-    assert has_compiler()
-
-
-def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(shutil, 'which', lambda name: None)
-    assert not has_compiler()
-
 
 def test_fbgemm_is_for_cpus():
     assert has_fbgemm('cpu') == ('fbgemm' in torch.backends.quantized.supported_engines)

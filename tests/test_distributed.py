@@ -237,6 +237,16 @@ torch.save = save_slowly
     assert load_checkpoint(tmp_path / 'out/ckpt_last.pt')['iter_num'] == 7
 
 
+@pytest.mark.slow
+@needs_forks
+def test_end_after_skipped_updates(tmp_path, dataset):
+    settings = {**SMALL, **LONG, 'dataset': dataset, 'gradient_accumulation_steps': 2,
+                'max_bad_steps': 2, 'decay_lr': False, 'learning_rate': 1e30}
+    _, error = run('train.py', cwd=tmp_path, processes=2, code=1, **settings)
+    assert 'stopped at iteration 2: 2 ' in error
+    assert error.count('\n') == 1
+
+
 @pytest.mark.parametrize('exit_code', [0, 1, 143])
 def test_shut_down_of_a_single_process(monkeypatch, exit_code):
     finished = []

@@ -168,10 +168,15 @@ def test_evaluation_of_another_split(check):
 # train.py: what this machine lacks
 
 def test_compile_without_a_compiler(check, monkeypatch):
-    monkeypatch.setattr(settings_module, 'has_compiler', lambda: False)
+    monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': 'a C++ compiler'}.get)
     check(compile=False)
-    with refused('C++ compiler', '--compile=False'):
+    with refused('compile=True', 'a C++ compiler', '--compile=False'):
         check(compile=True)
+
+
+def test_compile_with_a_compiler(check, monkeypatch):
+    monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
+    check(compile=True)
 
 
 def test_unknown_backend(check):
@@ -198,6 +203,12 @@ def test_more_processes_than_gpus(check, monkeypatch):
     check(device_type='cuda', ddp=True, world_size=4, local_world_size=2)
     with refused('3 processes', '2 GPUs'):
         check(device_type='cuda', ddp=True, world_size=6, local_world_size=3)
+
+
+def test_processes_that_see_a_gpu_each(check, monkeypatch):
+    """ As launchers set CUDA_VISIBLE_DEVICES for each process. """
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    check(device_type='cuda', ddp=True, world_size=4, local_world_size=4)
 
 
 def test_wandb_is_not_installed(check, monkeypatch):
