@@ -251,6 +251,25 @@ class GPT(nn.Module):
             mask = padding_mask(positions, end, pad)                        # (B, 1, T, end)
             positions = (positions - pad[:, None]).clamp(min=0)             # (B, T)
 
+        last_only = targets is None
+        x = self.hidden_states(idx, positions, mask, cache, last_only)      # (B, T or 1, C)
+        logits = self.lm_head(x)                                        # (B, T or 1, vocab_size)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def hidden_states(self, idx, positions, mask=None, cache=None, last_only=False):
+        """
+        What lm_head multiplies: the output of the last block, after its norm.
+
+        Args:
+            idx: int64 (B, T), token ids
+            positions: int64 (T,) or (B, T), the place of each token in its sequence
+            mask, cache, last_only: as in CausalSelfAttention; a cache for each block
+
+        Returns: (B, T, C), with last_only (B, 1, C)
+        """
         x = self.transformer.wte(idx)                                       # (B, T, C)
         rope = None
         if self.config.rotary:
@@ -262,14 +281,9 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             layer_cache = cache[i] if cache else None
-            last_only = targets is None and i == self.config.n_layer - 1
-            x = block(x, rope, layer_cache, mask, last_only)                # (B, T or 1, C)
-        logits = self.lm_head(self.transformer.ln_f(x))                 # (B, T or 1, vocab_size)
-
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+            is_last = i == self.config.n_layer - 1
+            x = block(x, rope, layer_cache, mask, last_only and is_last)    # (B, T or 1, C)
+        return self.transformer.ln_f(x)
 
     def crop_block_size(self, block_size):
         """ Reduces block_size. It replaces a parameter, so build the optimizer after it. """
