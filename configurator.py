@@ -69,9 +69,14 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
         names = [os.path.join('config', os.path.basename(name)) for name in existing]
         nearest = get_close_matches(path, names, 1, 0.5)
         hint = '; settings are given as --key=value'
-        if nearest:
+        if nearest and os.path.isfile(nearest[0]):
             hint = f'; did you mean {nearest[0]}?'
-        refuse(f'config file {path!r} does not exist or does not end in .py{hint}')
+        elif nearest:  # the script runs from another folder
+            hint = f'; did you mean {os.path.join(folder, nearest[0])}?'
+        problem = 'does not exist'
+        if os.path.isfile(path):
+            problem = 'does not end in .py'
+        refuse(f'config file {path!r} {problem}{hint}')
 
     def execute(path):
         """ Executes a config file -> its variables, the script's settings among them. """
@@ -87,7 +92,7 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
                 line = error.__traceback__.tb_next.tb_lineno
             reason = getattr(error, 'msg', error)
             refuse(f'{path}, line {line}: {type(error).__name__}: {reason}')
-        return names
+        return {**settings, **names}  # it may have deleted some
 
     def apply_config_file(path):
         if not os.path.isfile(path) or not path.endswith('.py'):

@@ -133,7 +133,7 @@ with one_line_errors():
         model = GPT(settings.new_model_config(config, vocab_size))
     else:
         model, checkpoint = load_model(source, dropout)
-    settings.check_fit(model, source.name, checkpoint, data, meta, config)
+    settings.check_fit(model, source, checkpoint, data, meta, config)
 
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)

@@ -106,4 +106,5 @@ def install_excepthook(settings, ddp):
             exit_with('this process failed with the traceback above')
 
     sys.excepthook = excepthook
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores it for background jobs
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens

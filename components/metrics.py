@@ -333,7 +333,7 @@ class Log:
             with open(self.path, encoding='utf-8', newline='') as file:
                 for row in csv.DictReader(file):
                     is_complete = None not in row and None not in row.values()
-                    has_number = row.get('iter', '').isdigit()
+                    has_number = row.get('iter', '').isdecimal()
                     if is_complete and has_number and int(row['iter']) < iter_num:
                         rows.append(row)
         except (csv.Error, UnicodeDecodeError) as error:

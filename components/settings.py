@@ -151,7 +151,7 @@ def check_fit(model, source, checkpoint, data, meta, settings):
 
     Args:
         model: the GPT
-        source: name of what it was loaded from
+        source: the ModelSource that it comes from
         checkpoint: dict; None if it was not loaded from a checkpoint
         data: {split: token ids}
         meta: of the dataset, or None
@@ -162,24 +162,25 @@ def check_fit(model, source, checkpoint, data, meta, settings):
     record = tokenizer_record(meta)
     if checkpoint is not None and checkpoint.get('tokenizer'):
         require(checkpoint['tokenizer'] == record,
-                f'the vocabulary of {source} differs from that of dataset={dataset}; set '
+                f'the vocabulary of {source.name} differs from that of dataset={dataset}; set '
                 'the --dataset that it was trained on')
     num_needed = max(largest_id(ids) + 1 for ids in data.values())
     if meta is not None:
         num_needed = max(num_needed, meta['vocab_size'])
     vocab_size = model.config.vocab_size
     require(vocab_size >= num_needed,
-            f'{source} has a vocabulary of {vocab_size}, and dataset={dataset} needs {num_needed}')
+            f'{source.name} has a vocabulary of {vocab_size}, and dataset={dataset} needs '
+            f'{num_needed}')
     context = model.config.block_size
     require(block_size <= context,
-            f'block_size={block_size} is more than the {context} of {source}; set '
+            f'block_size={block_size} is more than the {context} of {source.name}; set '
             f'--block_size={context}')
-    if meta is None or not has_tokenizer(source):
+    if source.kind != 'huggingface' or meta is None or not has_tokenizer(source.name):
         return
     tokens = tokens_of(record)
-    require(not tokens or tokens == tokens_of(hf_record(source)),
-            f'dataset={dataset} has other tokens than {source}; data/custom/prepare.py '
-            f'--tokenizer={source} prepares text for it')
+    require(not tokens or tokens == tokens_of(hf_record(source.name)),
+            f'dataset={dataset} has other tokens than {source.name}; data/custom/prepare.py '
+            f'--tokenizer={source.name} prepares text for it')
 
 # -----------------------------------------------------------------------------
 # the other scripts

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tensors are tiny, and two threads would wait for each other
 
+from components import files  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 CLASSIC_MODEL_ARGS = ['bias', 'block_size', 'dropout', 'n_embd', 'n_head', 'n_layer', 'vocab_size']
@@ -96,8 +97,10 @@ def environment():
 @cache
 def fork_server():
     command = [sys.executable, str(ROOT / 'tests/fork_server.py')]
+    env = environment()
+    env.pop('PYTHONPATH', None)  # which the test that comes first may have set for its own scripts
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env=environment())
+                               env=env)
     atexit.register(process.kill)
     return process
 
@@ -166,6 +169,9 @@ def script_globals(monkeypatch, tmp_path):
         number = getattr(signal, name, None)  # Windows has only some of them
         if number is not None:
             handlers[number] = signal.getsignal(number)
+    monkeypatch.setattr(files, '_locks', {})  # of folders that this process has locked
     yield execute
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    for descriptor in files._locks.values():
+        os.close(descriptor)

@@ -176,11 +176,20 @@ def test_broken_config_file(assert_refused, tmp_path, text, pattern):
     assert_refused('a.py', pattern)
 
 
-@pytest.mark.parametrize('path', ['nowhere.py', 'a.txt', 'folder.py'])
-def test_path_that_is_not_a_config_file(assert_refused, tmp_path, path):
+def test_config_file_that_deletes_a_setting(configure, tmp_path):
+    (tmp_path / 'a.py').write_text('del size\nflag = True\n')
+    assert configure('a.py') == {**DEFAULTS, 'flag': True}
+
+
+@pytest.mark.parametrize('path, problem', [
+    ('nowhere.py', 'does not exist'),
+    ('a.txt', 'does not end in .py'),
+    ('folder.py', 'does not exist'),
+])
+def test_path_that_is_not_a_config_file(assert_refused, tmp_path, path, problem):
     (tmp_path / 'a.txt').write_text('size = 5\n')
     (tmp_path / 'folder.py').mkdir()
-    assert_refused(path, f"config file '{path}' .*--key=value")
+    assert_refused(path, f"config file '{path}' {problem}; .*--key=value")
 
 
 def test_misspelt_config_file(assert_refused, tmp_path):
@@ -188,6 +197,14 @@ def test_misspelt_config_file(assert_refused, tmp_path):
     (tmp_path / 'config/small.py').write_text('size = 5\n')
     assert_refused('config/smal.py', 'did you mean config/small.py?')
     assert_refused('small.py', 'did you mean config/small.py?')
+
+
+def test_misspelt_config_file_from_another_folder(assert_refused, tmp_path, monkeypatch):
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config/small.py').write_text('size = 5\n')
+    (tmp_path / 'other').mkdir()
+    monkeypatch.chdir(tmp_path / 'other')
+    assert_refused('config/small.py', rf'did you mean {tmp_path}/config/small\.py\?')
 
 # -----------------------------------------------------------------------------
 # what it prints

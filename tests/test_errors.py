@@ -258,5 +258,12 @@ def test_ctrl_c_before_the_loop(monkeypatch, excepthook):
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
+def test_ctrl_c_stays_ignored(excepthook):
+    """ A shell script starts its background jobs so. """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    install_excepthook({}, ddp=False)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def test_script_name():
     assert errors.script_name() == 'script.py'

@@ -571,6 +571,14 @@ def test_eval_only_leaves_the_log(tmp_path, dataset):
     assert (tmp_path / 'out/log.csv').read_bytes() == before
 
 
+def test_digit_that_is_no_number(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=3)
+    with open(tmp_path / 'out/log.csv', 'a', encoding='utf-8') as file:
+        file.write('\u00b2' + ',' * 9 + '\n')  # a superscript two
+    train(tmp_path, dataset, max_iters=5, init_from='resume')
+    assert column(read_rows(tmp_path / 'out'), 'iter') == [0, 1, 2, 3, 4, 5]
+
+
 def test_log_of_other_columns(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=3)
     (tmp_path / 'out/log.csv').write_text('a,b\n1,2\n')

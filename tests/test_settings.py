@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from components import settings as settings_module
 from components.errors import UserError
+from components.pretrained import ModelSource
 from components.settings import (
     check_bench,
     check_fit,
@@ -274,13 +275,13 @@ def test_default_model_of_train_is_gpt2():
 CHARACTERS = {'vocab_size': 3, 'itos': ['a', 'b', 'c']}
 
 
-def fit(model_args, meta=CHARACTERS, checkpoint=None, source='out/ckpt.pt', ids=(0, 1, 2),
-        block_size=16):
+def fit(model_args, meta=CHARACTERS, checkpoint=None, source=('checkpoint', 'out/ckpt.pt'),
+        ids=(0, 1, 2), block_size=16):
     """ Applies the rules to a model and a dataset `words` with the token ids `ids`. """
     model = SimpleNamespace(config=GPTConfig(**model_args))
     data = {'train': np.array(ids, np.uint16), 'val': np.array([0], np.uint16)}
     settings = dict(dataset='words', block_size=block_size)
-    check_fit(model, source, checkpoint, data, meta, settings)
+    check_fit(model, ModelSource(*source), checkpoint, data, meta, settings)
 
 
 def test_model_fits_its_dataset():
@@ -348,14 +349,21 @@ def hf_directory(tmp_path):
 def test_hugging_face_model_with_the_tokens_of_the_dataset(hf_directory):
     name, record = hf_directory
     meta = {'vocab_size': 2, 'tokenizer': record}
-    fit(dict(vocab_size=2, block_size=16), source=name, meta=meta, ids=[0, 1])
+    fit(dict(vocab_size=2, block_size=16), source=('huggingface', name), meta=meta, ids=[0, 1])
 
 
 @pytest.mark.slow
 def test_hugging_face_model_with_other_tokens(hf_directory):
     name, _ = hf_directory
     with refused('dataset=words has other tokens', f'--tokenizer={name}'):
-        fit(dict(vocab_size=3, block_size=16), source=name)
+        fit(dict(vocab_size=3, block_size=16), source=('huggingface', name))
+
+
+def test_new_model_beside_a_folder_called_scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'scratch').mkdir()
+    (tmp_path / 'scratch/tokenizer.json').write_text('{}')
+    fit(dict(vocab_size=3, block_size=16), source=('scratch', 'scratch'))
 
 # -----------------------------------------------------------------------------
 # sample.py
