@@ -3,6 +3,7 @@ The processes of a job that torchrun started: how they find each other, agree, a
 
 Not here: what each of them computes (train.py); signals (signals.py).
 """
+import math
 import os
 import sys
 from datetime import timedelta
@@ -80,6 +81,26 @@ def all_reduce_sum(tensor, device):
     tensor = tensor.to(device)
     dist.all_reduce(tensor)
     return tensor
+
+
+def compute_in_parts(function, batch):
+    """
+    function(batch), of which each process computes a part.
+
+    Args:
+        function: of each row by itself, (n, ...) -> (n, ...)
+        batch: (N, ...), the same in all processes
+    """
+    if not dist.is_initialized():
+        return function(batch)
+    N = len(batch)
+    num_processes = dist.get_world_size()
+    n = math.ceil(N / num_processes)  # rows for each; the last ones may be computed twice
+    rows = (dist.get_rank() * n + torch.arange(n, device=batch.device)) % N
+    part = function(batch[rows])
+    results = part.new_empty(num_processes * n, *part.shape[1:])
+    dist.all_gather_into_tensor(results, part.contiguous())
+    return results[:N]
 
 
 def warm_up_ddp_buckets(model, x, y, autocast):

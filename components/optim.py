@@ -9,6 +9,8 @@ To add an optimizer, change `configure_optimizers`, and name the tensors that it
 """
 import torch
 
+from components.distributed import compute_in_parts
+
 
 class Muon(torch.optim.Optimizer):
     """
@@ -17,8 +19,8 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix is its Nesterov momentum with every singular value brought close to 1,
     by five steps of a Newton-Schulz iteration. torch.optim.Muon computes the same update, one
-    matrix at a time; here matrices of one size are multiplied together, and an update is skipped
-    where `found_inf` is 1.
+    matrix at a time; here matrices of one shape are computed together, several processes share the
+    work, and an update is skipped where `found_inf` is 1.
 
     Args:
         params: matrices, or groups of them
@@ -39,46 +41,43 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params_by_size = {}
+            params_by_shape = {}
             for p in group['params']:
                 if p.grad is not None:
-                    size = (min(p.shape), max(p.shape))
-                    params_by_size.setdefault(size, []).append(p)
-            for params in params_by_size.values():
+                    params_by_shape.setdefault(p.shape, []).append(p)
+            for params in params_by_shape.values():
                 self.update(params, group['lr'], group['weight_decay'], group['momentum'])
 
     def update(self, params, lr, weight_decay, momentum):
-        """ Updates matrices of one size, some of which may be transposed. """
-        factor = 1 if self.found_inf is None else 1 - self.found_inf  # 0 skips the update
-        directions = [self.nesterov_momentum(p, momentum, factor) for p in params]
-        updates = orthogonalize(torch.stack([wide(d).to(self.dtype) for d in directions]))
-        for p, update in zip(params, updates):
-            if is_tall(p):
-                update = update.T
-            scale = max(1, p.shape[0] / p.shape[1]) ** 0.5  # taller ones take larger updates
-            p.mul_(1 - lr * weight_decay * factor)
-            p.sub_(update * (lr * scale * factor))
-
-    def nesterov_momentum(self, p, momentum, factor):
-        """ Updates the running average of the gradient of p, and looks one step ahead of it. """
-        grad = p.grad
+        """ Updates matrices of one shape together, as a GPU waits for the start of each call. """
+        grads = torch.stack([p.grad for p in params])                       # (n, rows, columns)
+        buffers = [self.momentum_buffer(p) for p in params]
+        averages = torch.stack(buffers)                                     # (n, rows, columns)
+        factor = 1
         if self.found_inf is not None:
-            grad = torch.where(factor > 0, grad, 0)  # because 0 * nan is nan
+            is_finite = self.found_inf == 0
+            factor = is_finite.float()                                      # 0 skips the update
+            grads = torch.where(is_finite, grads, averages)  # leaves the averages as they are
+        averages.lerp_(grads, 1 - momentum)
+        torch._foreach_copy_(buffers, averages.unbind())
+        directions = grads.lerp_(averages, momentum)  # Nesterov: one step ahead of the average
+
+        directions = directions.to(self.dtype)
+        rows, columns = params[0].shape
+        if rows > columns:
+            updates = compute_in_parts(orthogonalize, directions.mT.contiguous()).mT
+        else:
+            updates = compute_in_parts(orthogonalize, directions)
+        scale = max(1, rows / columns) ** 0.5  # taller matrices take larger updates
+        updates = updates * (lr * scale * factor)
+        torch._foreach_mul_(params, 1 - lr * weight_decay * factor)
+        torch._foreach_sub_(params, updates.to(params[0].dtype).unbind())
+
+    def momentum_buffer(self, p):
+        """ The running average of the gradients of p. """
         if p not in self.state:
             self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        average = self.state[p]['momentum_buffer']
-        average.lerp_(grad, (1 - momentum) * factor)
-        return grad.lerp(average, momentum)
-
-
-def is_tall(matrix):
-    """ Whether a matrix has more rows than columns. """
-    return matrix.shape[0] > matrix.shape[1]
-
-
-def wide(matrix):
-    """ The matrix, transposed if it has more rows than columns. """
-    return matrix.T if is_tall(matrix) else matrix
+        return self.state[p]['momentum_buffer']
 
 
 def orthogonalize(X):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from conftest import SMALL, flags, run, run_script, train
+from conftest import ROOT, SMALL, flags, run, run_script, train
 from kill_and_resume import differences
 from processes import LONG, read_until, run_first, start_training, worker_pids
 
@@ -81,6 +81,34 @@ def test_newer_architecture_and_muon(tmp_path, dataset):
 
 def grad_norms(out):
     return [float(norm) for norm in re.findall(r'grad norm (\S+)', out)]
+
+
+COMPUTES_IN_PARTS = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.distributed as dist
+from components.distributed import compute_in_parts
+
+counts = []
+
+def square(rows):
+    counts.append(len(rows))
+    return rows ** 2
+
+dist.init_process_group('gloo')
+batch = torch.arange(10.).view(5, 2)
+assert torch.equal(compute_in_parts(square, batch), batch ** 2)
+print(f'computed {{counts}} rows\\n', end='', flush=True)
+"""
+
+
+@pytest.mark.parametrize('processes, num_rows', [(2, 3), (4, 2), (6, 1)])
+def test_processes_share_the_rows_of_a_batch(tmp_path, processes, num_rows):
+    script = tmp_path / 'script.py'
+    script.write_text(COMPUTES_IN_PARTS)
+    out, _ = run(script, cwd=tmp_path, processes=processes)
+    assert out.splitlines() == [f'computed [{num_rows}] rows'] * processes
 
 
 def test_mfu_counts_the_share_of_one_process(tmp_path, dataset, script_globals, monkeypatch):
