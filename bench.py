@@ -27,7 +27,15 @@ import numpy as np
 import torch
 
 from components.dataset import gather_windows, open_bin, prefetch
-from components.device import choose_device, has_fbgemm, peak_flops, synchronize, use_device
+from components.device import (
+    choose_device,
+    compile_model,
+    describe_compile,
+    has_fbgemm,
+    peak_flops,
+    synchronize,
+    use_device,
+)
 from components.errors import install_excepthook, one_line_errors
 from components.estimate import print_estimate
 from components.generation import next_tokens
@@ -60,7 +68,7 @@ max_new_tokens = 200     # mode sample: of each sample
 seed = 1337
 device = 'auto'          # cuda, cuda:1, mps or cpu; auto: the first of these that is available
 dtype = 'auto'           # float32, bfloat16 or float16; auto: 16 bits on CUDA and x86 with bfloat16
-compile = 'auto'         # True or False; auto: on CUDA
+compile = 'auto'         # True, False or reduce-overhead, as in train.py; auto: on CUDA
 profile = False          # write a trace of five steps to ./bench_log
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
@@ -121,7 +129,7 @@ def make_step(dtype, compile, muon, read_data):
                                       lr_of_muon, dtype)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     autocast = use_device(device, dtype)
-    model = torch.compile(raw_model) if compile else raw_model
+    model = compile_model(raw_model, compile)
     arguments = (np.random.default_rng(seed), read_data)
     batches = prefetch(get_batch, itertools.repeat(arguments), device, dtype)
 
@@ -153,6 +161,8 @@ def other_choices(this):
         variants['without compile'] = {**this, 'compile': False}
     elif device_type == 'cuda':  # elsewhere compiling takes minutes
         variants['with compile'] = {**this, 'compile': True}
+    if device_type == 'cuda' and this['compile'] != 'reduce-overhead':
+        variants['with reduce-overhead'] = {**this, 'compile': 'reduce-overhead'}
     if data is not None:
         variants['without loading'] = {**this, 'read_data': False}
     return variants
@@ -387,9 +397,8 @@ def print_sampling_speed(methods, times, bandwidth):
 
 with torch.device('meta'):
     model = GPT(gpt_config)  # to count parameters and FLOPs; its tensors have shapes and no memory
-compiled = 'compiled' if compile else 'not compiled'
 print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M, without the position embedding')
-print(f'device: {device}, {dtype}, {compiled}, {torch.get_num_threads()} threads')
+print(f'device: {device}, {dtype}, {describe_compile(compile)}, {torch.get_num_threads()} threads')
 use_device(device, dtype)
 
 if mode == 'estimate':

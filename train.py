@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from components import distributed, metrics, optim, settings
 from components.checkpoint import Checkpointer
 from components.dataset import gather_windows, open_bin, prefetch
-from components.device import choose_device, use_device
+from components.device import choose_device, compile_model, use_device
 from components.errors import install_excepthook, one_line_errors
 from components.monitor import StepMonitor
 from components.pretrained import find_model, load_model, resolve_init_from
@@ -86,7 +86,8 @@ min_lr = 6e-5                 # usually learning_rate / 10; Muon's is in proport
 backend = 'auto'              # of several processes: nccl or gloo; auto: nccl on CUDA
 device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first that is available
 dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits where they are native
-compile = 'auto'              # torch.compile: True or False; auto: on CUDA
+compile = 'auto'              # torch.compile: True or False; auto: on CUDA; reduce-overhead: with
+                              # CUDA graphs, for small models and one micro-batch per iteration
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
@@ -158,11 +159,11 @@ if master_process:
     for line in [*config_overrides, *summary]:  # noqa: F821  configurator.py sets it
         print_master(line)
 
-if compile:
-    model = torch.compile(raw_model)
+model = compile_model(raw_model, compile)
 eval_model = model  # without DDP
 if ddp:
-    model = DDP(model, **ddp_without_buffer_sync())  # buffers are constant
+    # gradients stay in the buckets that the processes exchange; buffers are constant
+    model = DDP(model, gradient_as_bucket_view=True, **ddp_without_buffer_sync())
 
 # -----------------------------------------------------------------------------
 # batches
@@ -266,7 +267,7 @@ def estimate_split_loss(split):
         X, Y = read_batch(split, index)
         with autocast:
             _, loss = eval_model(X.to(device), Y.to(device))
-        losses.append(loss.float())
+        losses.append(loss.float().clone())  # the next batch may overwrite loss
         num_rows.append(min(batch_size, num_windows - index * batch_size))  # without padding
     sums = torch.stack(losses).cpu().double() * torch.tensor(num_rows)
     total = distributed.all_reduce_sum(sums.sum(), device)

@@ -140,7 +140,7 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
         training: False selects the dtype for weights that are only read
 
     Returns:
-        device, dtype, compile: two strings and a bool
+        device, dtype, compile: two strings, and a value for compile_model()
 
     Raises UserError for a device that this machine does not have or PyTorch was not built for, and
     for unknown names.
@@ -168,8 +168,8 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
 
     if compile == 'auto':
         compile = training and can_compile(device_type, index)
-    if compile not in (True, False):
-        raise UserError(f"compile={compile!r} must be 'auto', True or False")
+    if compile not in (True, False, 'reduce-overhead'):
+        raise UserError(f"compile={compile!r} must be 'auto', True, False or 'reduce-overhead'")
     return device, dtype, compile
 
 
@@ -216,6 +216,26 @@ def can_compile(device_type, index):
     if device_type != 'cuda' or missing_for_compile('cuda'):
         return False
     return torch.cuda.get_device_capability(index) >= (7, 0)
+
+
+def describe_compile(compile):
+    """ For messages: whether the model is compiled, and how. """
+    descriptions = {True: 'compiled', False: 'not compiled',
+                    'reduce-overhead': 'compiled with CUDA graphs'}
+    return descriptions[compile]
+
+
+def compile_model(model, compile):
+    """
+    The model, compiled if `compile` is True or 'reduce-overhead'. The latter also records its
+    kernels in CUDA graphs, which start them all at once: for small models, whose kernels take less
+    time than to start them. It requires that every backward pass is followed by an update.
+    """
+    if not compile:
+        return model
+    if compile == 'reduce-overhead':
+        return torch.compile(model, mode='reduce-overhead')
+    return torch.compile(model)
 
 
 def use_device(device, dtype):

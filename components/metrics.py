@@ -17,7 +17,13 @@ import numpy as np
 import torch
 
 from components.checkpoint import newest_checkpoint
-from components.device import has_bfloat16, measure_peak, peak_flops, synchronize
+from components.device import (
+    describe_compile,
+    has_bfloat16,
+    measure_peak,
+    peak_flops,
+    synchronize,
+)
 from components.errors import UserError, script_name
 from components.files import lock_directory, whole_file
 from components.settings import tokens_per_iter
@@ -53,7 +59,7 @@ def opening_summary(config, source, checkpointer, model, num_train_tokens, num_p
     s = SimpleNamespace(**config)
     yield from describe_start(s, source, checkpointer)
     num_tokens_per_iter = tokens_per_iter(config)
-    compiled = 'compiled' if s.compile else 'not compiled'
+    compiled = describe_compile(s.compile)
     processes = '1 process'
     if num_processes > 1:
         processes = f'{num_processes} processes over {s.backend}'

@@ -33,10 +33,14 @@ def require_at_least(s, minimum, *names):
 def check_common(s):
     """ The rules that all scripts share. """
     require(0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1')
-    if s.compile:
-        missing = missing_for_compile(s.device.partition(':')[0])
-        require(not missing,
-                f'compile=True requires {missing}, which is not installed; set --compile=False')
+    if not s.compile:
+        return
+    device_type = s.device.partition(':')[0]
+    missing = missing_for_compile(device_type)
+    require(not missing,
+            f'compile={s.compile} requires {missing}, which is not installed; set --compile=False')
+    require(s.compile is True or device_type == 'cuda',
+            f'compile={s.compile} requires CUDA, and device={s.device}; set --compile=True')
 
 
 def model_config(**args):
@@ -77,6 +81,10 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
     check_schedule(s)
     check_optimizer(s)
     check_batches(s, world_size)
+    # gradients lie in memory that the next backward pass overwrites
+    require(s.compile != 'reduce-overhead' or (s.gradient_accumulation_steps == 1 and not ddp),
+            'compile=reduce-overhead requires gradient_accumulation_steps=1 and no torchrun; set '
+            '--compile=True')
     check_processes(s, device_type, ddp, local_world_size)
     check_output(s)
 
@@ -189,6 +197,7 @@ def check_sample(settings):
     """ The rules for sample.py. """
     s = SimpleNamespace(**settings)
     check_common(s)
+    require(s.compile in (True, False), f'compile={s.compile} is for training; set --compile=True')
     require_at_least(s, 0, 'max_new_tokens', 'top_k')
     require_at_least(s, 1, 'num_samples')
     require(0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0')

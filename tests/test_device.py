@@ -11,6 +11,7 @@ from components.device import (
     GPU_PEAKS,
     HostCopy,
     choose_device,
+    compile_model,
     free_memory,
     has_fbgemm,
     measure_peak,
@@ -53,6 +54,13 @@ def test_mps_without_cuda(no_gpu, monkeypatch):
 def test_cpu_without_a_gpu(no_gpu):
     device, _, compile = choose_device()
     assert (device, compile) == ('cpu', False)
+
+
+def test_compile_model(tiny, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda *args, **options: (args, options))
+    assert compile_model(tiny, False) is tiny
+    assert compile_model(tiny, True) == ((tiny,), {})
+    assert compile_model(tiny, 'reduce-overhead') == ((tiny,), {'mode': 'reduce-overhead'})
 
 
 def test_explicit_choice():

@@ -175,6 +175,35 @@ def test_compile_without_a_compiler(check, monkeypatch):
         check(compile=True)
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """ Pretends that there is a GPU, with all that torch.compile requires. """
+    monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': '', 'cuda': ''}.get)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    return dict(compile='reduce-overhead', device='cuda', device_type='cuda',
+                gradient_accumulation_steps=1)
+
+
+def test_cuda_graphs(check, gpu):
+    check(**gpu)
+
+
+def test_cuda_graphs_require_cuda(check, gpu):
+    with refused('compile=reduce-overhead requires CUDA', 'device=cpu'):
+        check(**{**gpu, 'device': 'cpu', 'device_type': 'cpu'})
+
+
+@pytest.mark.parametrize('change', [dict(gradient_accumulation_steps=2), dict(ddp=True)], ids=repr)
+def test_cuda_graphs_require_one_micro_batch(check, gpu, change):
+    with refused('compile=reduce-overhead requires gradient_accumulation_steps=1'):
+        check(**{**gpu, **change})
+
+
+def test_cuda_graphs_are_no_choice_of_sample(gpu):
+    with refused('compile=reduce-overhead is for training'):
+        apply_check_sample(compile='reduce-overhead', device='cuda')
+
+
 def test_compile_with_a_compiler(check, monkeypatch):
     monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
     check(compile=True)

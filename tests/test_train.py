@@ -201,6 +201,26 @@ def test_last_adjacent_window_has_a_target(trainer, num_tokens, num_windows):
     assert math.isfinite(names['estimate_loss']()['val'])
 
 
+class ReusesMemory(torch.nn.Module):
+    """ A model that, as a CUDA graph does, returns every loss in the same memory. """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.loss = torch.zeros(())
+
+    def forward(self, *args, **options):
+        _, loss = self.model(*args, **options)
+        return None, self.loss.copy_(loss)
+
+
+def test_evaluation_with_cuda_graphs(trainer):
+    names = trainer(eval_iters=3)
+    expected = names['estimate_loss']()
+    names['eval_model'] = ReusesMemory(names['eval_model'])
+    assert names['estimate_loss']() == expected
+
+
 def test_dropout_is_off_in_an_evaluation(trainer):
     assert trainer(dropout=0.5)['estimate_loss']() == trainer()['estimate_loss']()
 
