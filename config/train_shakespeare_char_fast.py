@@ -1,5 +1,5 @@
 # A model of the size of train_shakespeare_char.py, with the recipe of
-# train_shakespeare_char_cpu_fast.py, for one GPU. Untested: it has not been run on a GPU yet.
+# train_shakespeare_char_cpu_fast.py, for one GPU. It is not tuned for this size.
 
 out_dir = 'out-shakespeare-char-fast'
 eval_interval = 100             # often, because this model soon overfits this text
