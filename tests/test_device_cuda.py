@@ -1,21 +1,32 @@
 """
 CUDA paths with a stand-in for the GPU: which device is selected, what is said where it cannot be
-used, and in which order a process selects its GPU and joins the others.
+used, in which order a process selects its GPU and joins the others, and that the loop does not wait
+for a GPU. (On a GPU, test_cuda.py runs them.)
 """
 import os
 import shutil
 import sysconfig
+from contextlib import ExitStack
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from components import device as device_module
-from components import distributed
-from components.device import choose_device, has_kernels, missing_for_compile
+from components import distributed, metrics
+from components import monitor as monitor_module
+from components import settings as settings_module
+from components.device import HostCopy, choose_device, has_kernels, missing_for_compile
 from components.errors import UserError, how_to_save_memory
+from components.optim import Muon, clip_and_step, configure_optimizers
+from components.signals import StopSignal
+from components.torch_versions import ddp_without_buffer_sync
+from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # a driver that PyTorch cannot use
@@ -285,6 +296,284 @@ def test_process_group_is_destroyed_at_the_end(monkeypatch):
     with pytest.raises(Ended):
         distributed.shut_down(1)
     assert calls == ['barrier', 'destroy', 1]
+
+# -----------------------------------------------------------------------------
+# the model of several processes
+
+
+class Compiled(torch.nn.Module):
+    """ In place of a compiled model. """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.num_evaluations = 0
+
+    def forward(self, *args, **settings):
+        if not self.training:
+            self.num_evaluations += 1
+        return self.model(*args, **settings)
+
+
+class FakeDDP(torch.nn.Module):
+    """ In place of DistributedDataParallel. """
+
+    def __init__(self, module, **arguments):
+        super().__init__()
+        self.module = module
+        self.arguments = arguments
+        self.require_backward_grad_sync = True
+        self.is_synchronized = []  # one of each forward pass
+
+    def forward(self, *args, **settings):
+        assert self.training, 'processes may have different numbers of evaluation batches'
+        self.is_synchronized.append(self.require_backward_grad_sync)
+        return self.module(*args, **settings)
+
+
+def test_ddp_wraps_the_compiled_model(monkeypatch, script_globals, dataset):
+    """ The first of two processes, which has two of the four micro-batches. """
+    variables = dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, 'init_process_group', lambda *args: distributed.Job())
+    monkeypatch.setattr(torch, 'compile', lambda model, **options: Compiled(model))
+    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', FakeDDP)
+    monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
+    monkeypatch.setattr('sys.excepthook', None)  # train.py replaces it
+    names = script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 3,
+                                          'gradient_accumulation_steps': 4, 'compile': True})
+    ddp = names['model']
+    assert ddp.module.model is names['raw_model']
+    assert ddp.arguments.items() >= ddp_without_buffer_sync().items()
+    assert ddp.module.num_evaluations > 0
+    # the pass that warms up, then three iterations that exchange gradients once
+    assert ddp.is_synchronized == [True] + 3 * [False, True]
+
+
+def test_collectives_are_on_the_device(monkeypatch):
+    """ NCCL has no tensors of the CPU. """
+    devices = []
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'all_reduce', lambda tensor: devices.append(tensor.device.type))
+    total = distributed.all_reduce_sum(torch.zeros(()), 'meta')
+    assert devices == ['meta']
+    assert total.device.type == 'meta'
+
+# -----------------------------------------------------------------------------
+# copies between the host and a GPU
+
+
+class OnCUDA(torch.Tensor):
+    """ A tensor of the CPU that names its device cuda. """
+
+    @property
+    def device(self):
+        return torch.device('cuda')
+
+
+class Pinned(torch.Tensor):
+    """ A tensor in what stands for pinned memory. """
+
+
+def test_host_copy_waits_only_when_it_is_read(monkeypatch):
+    """ Into pinned memory: another copy would wait at once. """
+    calls = []
+
+    class Event:
+        def record(self):
+            calls.append('record')
+
+        def synchronize(self):
+            calls.append('synchronize')
+
+    def empty_like(tensor, device, pin_memory):
+        assert device == 'cpu'
+        assert pin_memory
+        return torch.zeros(tensor.shape).as_subclass(Pinned)
+
+    def copy(destination, source, non_blocking=False):
+        assert isinstance(destination, Pinned)
+        assert isinstance(source, OnCUDA)
+        assert non_blocking
+        calls.append('copy')
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch, 'empty_like', empty_like)
+    monkeypatch.setattr(torch.Tensor, 'copy_', copy)
+    host_copy = HostCopy(torch.tensor([1.5, 2.0]).as_subclass(OnCUDA))
+    assert calls == ['copy', 'record']
+    host_copy.tolist()
+    assert calls == ['copy', 'record', 'synchronize']
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """ The devices that batches are copied to, from pinned memory and without waiting. """
+    devices = []
+
+    def to(tensor, device, non_blocking=False):
+        assert isinstance(tensor, Pinned)
+        assert non_blocking
+        devices.append(device)
+        return tensor
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor.as_subclass(Pinned))
+    monkeypatch.setattr(torch.Tensor, 'to', to)
+    return devices
+
+
+def test_copies_of_batches_of_training(script_globals, dataset, request):
+    names = script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 0})
+    expected_x, expected_y = names['read_windows']('train', np.array([0, 5]))
+    copied = request.getfixturevalue('copied')
+    names.update(device='cuda:1', device_type='cuda')
+    x, y = names['read_windows']('train', np.array([0, 5]))
+    assert copied == ['cuda:1']
+    assert x.tolist() == expected_x.tolist()
+    assert y.tolist() == expected_y.tolist()
+
+
+def test_copies_of_batches_of_bench(script_globals, dataset, capsys, request):
+    names = script_globals('bench.py', mode='estimate', n_layer=1, n_head=1, n_embd=8,
+                           block_size=16, batch_size=2, device='cpu', dataset=dataset)
+    copied = request.getfixturevalue('copied')
+    names.update(device='cuda:1', device_type='cuda')
+    x, y = names['get_batch'](np.random.default_rng(0), read_data=False)
+    assert copied == ['cuda:1']
+    assert x.shape == y.shape == (2, 16)
+
+# -----------------------------------------------------------------------------
+# the loop
+
+
+def test_adamw_is_fused(tiny):
+    adamw = configure_optimizers(tiny, 0.1, 1e-3, (0.9, 0.95), 'cuda', muon_lr=0.02)['optimizer']
+    assert [group['fused'] for group in adamw.param_groups] == [True, True]
+
+
+def test_numbers_of_an_update_are_read_an_iteration_later(monkeypatch):
+    reads = []
+
+    class Copy:
+        def __init__(self, tensor):
+            self.values = tensor.tolist()
+
+        def tolist(self):
+            reads.append(self.values[0])
+            return self.values
+    monkeypatch.setattr(monitor_module, 'HostCopy', Copy)
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    monitor = monitor_module.StepMonitor('cuda:1', scaler, StopSignal(is_master=True), print)
+    monitor.device = 'cpu'  # of its tensors
+    for iter_num in range(4):
+        monitor.sum_over_processes(torch.tensor(float(iter_num)))
+        monitor.record(iter_num, torch.tensor(0.5))
+        monitor.check()
+    assert reads == [0.0, 1.0, 2.0]
+    assert monitor.latest_loss() == 3.0
+
+
+aten = torch.ops.aten
+NEEDS_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
+                aten.equal.default, aten.is_nonzero.default}
+
+
+class WatchReads(TorchDispatchMode):
+    """ Keeps the names of operations for which the host needs the values of a tensor. """
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_operations += 1
+        if func in NEEDS_VALUES:
+            self.reads.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('settings', [
+    pytest.param(dict(dtype='float32'), id='float32'),
+    pytest.param(dict(dtype='float16', dropout=0.1), id='float16'),
+    pytest.param(dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02),
+                 id='recipe'),
+])
+def test_no_value_is_read_in_the_loop(script_globals, dataset, monkeypatch, settings):
+    """ Neither for the gradient norm nor for a skipped update, but through a HostCopy. """
+    watch = WatchReads()
+    while_watching = ExitStack()
+    tolist = torch.Tensor.tolist
+    count_iteration = metrics.Timer.count_iteration
+
+    def watch_method(patches, name):
+        method = getattr(torch.Tensor, name)
+
+        def watched_method(tensor, *args, **kwargs):
+            watch.reads.append(name)
+            return method(tensor, *args, **kwargs)
+        patches.setattr(torch.Tensor, name, watched_method)
+
+    def count_and_watch(timer):
+        count_iteration(timer)
+        if timer.num_iters == 2:
+            patches = while_watching.enter_context(pytest.MonkeyPatch.context())
+            for name in ('tolist', 'cpu', 'numpy'):
+                watch_method(patches, name)
+            while_watching.enter_context(watch)
+        if timer.num_iters == 8:
+            while_watching.close()
+
+    monkeypatch.setattr(HostCopy, 'tolist', lambda host_copy: tolist(host_copy.copy))
+    monkeypatch.setattr(metrics.Timer, 'count_iteration', count_and_watch)
+    with while_watching:
+        script_globals('train.py', **{**SMALL, 'dataset': dataset, 'gradient_accumulation_steps': 2,
+                                      'max_iters': 10, 'log_interval': 0, 'eval_interval': 0,
+                                      **settings})
+    assert watch.reads == []
+    assert watch.num_operations > 1000
+
+class WatchDevices(TorchDispatchMode):
+    """ Keeps the names of operations on a tensor that is not on the meta device. """
+
+    def __init__(self):
+        super().__init__()
+        self.elsewhere = []
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_operations += 1
+        output = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)]
+        if any(tensor.device.type != 'meta' for tensor in tensors):
+            self.elsewhere.append(func.name())
+        return output
+
+
+@pytest.mark.parametrize('settings', [
+    pytest.param({}, id='faithful'),
+    pytest.param(dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True), id='recipe'),
+])
+def test_update_stays_on_the_device(settings):
+    """
+    The meta device stands for a GPU: the host cannot read its values, and copies to it are seen. A
+    GPU would be waited for in both cases. Muon is for all matrices, as the meta device has no fused
+    AdamW.
+    """
+    with torch.device('meta'):
+        model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16,
+                              bias=False, **settings))
+        idx = torch.zeros(2, 16, dtype=torch.long)
+    optimizers = {'muon': Muon([p for p in model.parameters() if p.dim() == 2], lr=0.02)}
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    watch = WatchDevices()
+    with watch:
+        for _ in range(2):
+            _, loss = model(idx, idx)
+            loss.backward()
+            clip_and_step(optimizers, scaler, model.parameters(), loss.detach(), grad_clip=1.0)
+    assert watch.elsewhere == []
+    assert watch.num_operations > 100
 
 # -----------------------------------------------------------------------------
 # memory
