@@ -115,6 +115,14 @@ def test_compiled_training(tmp_path, dataset, reference, monkeypatch, architectu
 
 
 @needs_gpu
+def test_training_with_cuda_graphs(tmp_path, dataset):
+    settings = {**RECIPE, 'gradient_accumulation_steps': 1, 'device': 'cuda', 'dtype': 'bfloat16'}
+    ended = train(tmp_path, dataset, compile='reduce-overhead', **settings)
+    assert 'device: cuda, bfloat16, compiled with CUDA graphs' in ended[2]
+    assert_equal_runs(ended, train(tmp_path, dataset, out_dir='eager', **settings))
+
+
+@needs_gpu
 def test_automatic_choice(tmp_path, dataset):
     _, _, out = train(tmp_path, dataset, device='auto', dtype='auto', compile='auto', max_iters=1,
                       **FAITHFUL)
@@ -287,6 +295,8 @@ LARGE_BATCH = 64  # from 3,072 tokens on, PyTorch has another kernel for gradien
     pytest.param('faithful', dict(dtype='float16', dropout=0.1), id='float16'),
     pytest.param('recipe', dict(dtype='bfloat16', batch_size=LARGE_BATCH), id='recipe'),
     pytest.param('faithful', dict(dtype='bfloat16', compile=True), id='compiled'),
+    pytest.param('faithful', dict(dtype='bfloat16', compile='reduce-overhead',
+                                  gradient_accumulation_steps=1), id='CUDA graphs'),
 ])
 def test_loop_does_not_synchronize(tmp_path, dataset, monkeypatch, architecture, settings):
     run_first(SYNCHRONIZATION_IS_AN_ERROR, tmp_path, monkeypatch)
