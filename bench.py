@@ -140,7 +140,7 @@ def make_step(dtype, compile, muon, read_data):
         X = X.to(device)
         Y = Y.to(device)
         with autocast:
-            _, loss = model(X, Y)
+            _, loss = model(X, Y, return_logits=False)
         scaler.scale(loss).backward()
         clip_and_step(optimizers, scaler, raw_model.parameters(), loss.detach(), grad_clip=1.0)
         synchronize(device_type)  # otherwise the clock stops before the work is done

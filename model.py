@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 RMS_NORM_EPS = 1e-6
+MAX_LOGITS = 2**26  # numbers, 256 MiB in float32; the loss of more is computed in chunks of tokens
 
 
 @dataclass
@@ -188,6 +189,7 @@ class GPT(nn.Module):
     """
     model(idx) -> logits of the next token after idx, (B, 1, vocab_size), and None
     model(idx, targets) -> logits of every position, (B, T, vocab_size), and the loss
+    model(idx, targets, return_logits=False) -> None and the loss, in less memory
     """
 
     def __init__(self, config):
@@ -222,7 +224,7 @@ class GPT(nn.Module):
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, cache=None, pad=None):
+    def forward(self, idx, targets=None, cache=None, pad=None, return_logits=True):
         """
         Args:
             idx: int64 (B, T), token ids
@@ -231,6 +233,8 @@ class GPT(nn.Module):
                 be one new token per row, (B, 1)
             pad: int64 (B,), the number of padding tokens that each row begins with; no other
                 token attends to them
+            return_logits: False to train or evaluate: with targets, None is returned instead of
+                logits, which are the largest tensor of a training step
 
         Returns:
             logits, and the mean cross-entropy in nats per token
@@ -253,11 +257,15 @@ class GPT(nn.Module):
 
         last_only = targets is None
         x = self.hidden_states(idx, positions, mask, cache, last_only)      # (B, T or 1, C)
+        needs_logits = targets is None or return_logits
+        if not needs_logits and is_large(x, self.config.vocab_size):
+            # the same in less memory; who changes logits or loss below changes chunk_loss(), too
+            return None, cross_entropy_in_chunks(x, self.lm_head.weight, targets)
         logits = self.lm_head(x)                                        # (B, T or 1, vocab_size)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return logits if return_logits else None, loss
 
     def hidden_states(self, idx, positions, mask=None, cache=None, last_only=False):
         """
@@ -395,3 +403,93 @@ def padding_mask(positions, end, pad):
     mask = (keys <= queries) & (keys >= pad[:, None, None])                 # (B, T, end)
     mask = mask | (keys == queries)  # padding attends to itself: softmax over no keys is NaN
     return mask[:, None]                                                    # (B, 1, T, end)
+
+
+def is_large(x, vocab_size):
+    """
+    Whether the logits of x (B, T, C) are so many that the loss is computed in chunks of tokens.
+    torch.compile does not need that, as it fuses the operations of the loss.
+    """
+    num_logits = x.shape[0] * x.shape[1] * vocab_size
+    return num_logits > MAX_LOGITS and not torch.compiler.is_compiling()
+
+
+def cross_entropy_in_chunks(x, weight, targets):
+    """
+    The mean cross-entropy of the logits F.linear(x, weight), in chunks of tokens.
+
+    Args:
+        x: (B, T, C), what lm_head multiplies
+        weight: (vocab_size, C), of lm_head
+        targets: int64 (B, T); -1 is ignored
+    """
+    x = x.flatten(0, 1)                                                     # (B * T, C)
+    targets = targets.flatten()                                             # (B * T,)
+    chunk_size = loss_chunk_size(weight.shape[0])
+    needs_grad = torch.is_grad_enabled()  # which is False inside of ChunkedCrossEntropy
+    loss_sum = ChunkedCrossEntropy.apply(x, weight, targets, chunk_size, needs_grad)
+    return loss_sum / (targets != -1).sum()
+
+
+def loss_chunk_size(vocab_size):
+    """ Tokens in a chunk: 1024 at most, since in float16 a sum of more gradients may overflow. """
+    return min(MAX_LOGITS // vocab_size, 1024)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    The sum of the cross-entropy of F.linear(x, weight) for x (N, C), weight (V, C) and targets (N,)
+    in chunks of tokens. The gradients are computed at once, while the logits of a chunk exist
+    (as in Liger Kernel, arXiv 2410.10989); backward() only multiplies them by that of the loss.
+
+    They are gradients of the sum, between -1 and 1 for a logit: those of a mean over a batch would
+    often be too small for float16, and a GradScaler only scales what reaches backward(). That of
+    lm_head is added up in the dtype of its weight, float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk_size, needs_grad):
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        cast_weight = weight.to(dtype)  # once, not in every chunk
+        loss_sum = torch.zeros((), device=x.device)
+        x_grads = []
+        weight_grad = None
+        if needs_grad:
+            weight_grad = torch.zeros_like(weight)
+        for x_chunk, target in zip(x.split(chunk_size), targets.split(chunk_size)):
+            loss, x_grad = chunk_loss(x_chunk.to(dtype), cast_weight, target, weight_grad)
+            loss_sum += loss
+            if needs_grad:
+                x_grads.append(x_grad.to(x.dtype))
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(x_grads), weight_grad)
+        return loss_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, loss_grad):
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * loss_grad, weight_grad * loss_grad, None, None, None
+
+
+def chunk_loss(x, weight, targets, weight_grad=None):
+    """
+    The sum of the cross-entropy of F.linear(x, weight), and its gradient by x, or None without
+    `weight_grad` (V, C), to which the gradient by the weight is added.
+    """
+    logits = F.linear(x, weight)                                            # (chunk_size, V)
+    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)          # (chunk_size, V)
+    del logits
+    loss = F.nll_loss(log_probs, targets, ignore_index=-1, reduction='sum')
+    if weight_grad is None:
+        return loss, None
+    # the gradient of logits: the probabilities, minus 1 at the target
+    grad = log_probs.exp_()                                                 # (chunk_size, V)
+    index = targets.clamp(min=0)[:, None]                                   # (chunk_size, 1)
+    grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
+    grad.masked_fill_((targets == -1)[:, None], 0)
+    grad = grad.to(x.dtype)
+    weight_grad += grad.T @ x
+    return loss, grad @ weight

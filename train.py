@@ -266,7 +266,7 @@ def estimate_split_loss(split):
     for index in tqdm(indices, f'loss of {split}', delay=2, leave=False, disable=hide_bar):
         X, Y = read_batch(split, index)
         with autocast:
-            _, loss = eval_model(X.to(device), Y.to(device))
+            _, loss = eval_model(X.to(device), Y.to(device), return_logits=False)
         losses.append(loss.float().clone())  # the next batch may overwrite loss
         num_rows.append(min(batch_size, num_windows - index * batch_size))  # without padding
     sums = torch.stack(losses).cpu().double() * torch.tensor(num_rows)
@@ -354,7 +354,7 @@ while True:
             model.require_backward_grad_sync = index == micro_batches[-1]
         seed_dropout(iter_num, index)
         with autocast:
-            _, loss = model(X.to(device), Y.to(device))
+            _, loss = model(X.to(device), Y.to(device), return_logits=False)
         loss = loss / gradient_accumulation_steps
         scaler.scale(loss * world_size).backward()  # DDP averages; this makes it a sum
         loss_sum += loss.detach()

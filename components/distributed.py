@@ -110,7 +110,7 @@ def warm_up_ddp_buckets(model, x, y, autocast):
     interrupted one had.
     """
     with autocast:
-        _, loss = model(x, y)
+        _, loss = model(x, y, return_logits=False)
     loss.backward()
     model.zero_grad()
 

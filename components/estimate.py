@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from components.device import GPU_PEAKS, peak_flops
 from components.optim import MOMENTS, configure_optimizers
+from model import MAX_LOGITS, loss_chunk_size
 
 FLOAT32 = 4  # bytes of a number
 ASSUMED_MFU = 0.4  # of a good run on a GPU
@@ -74,7 +75,7 @@ def memory_of_training(model, batch_size, dtype, muon_lr=0.0):
         'optimizer moments': size_of_moments(model, muon_lr),
         'weights in 16 bits': size_of_weight_copies(model, dtype),
         'activations': tokens * activations_per_token(config, dtype),
-        'logits and loss': tokens * logits_per_token(config, dtype),
+        'logits and loss': size_of_loss(config, tokens, dtype),
     }
 
 
@@ -155,17 +156,26 @@ def activations_per_layer(config, dtype):
     return size
 
 
-def logits_per_token(config, dtype):
+def size_of_loss(config, tokens, dtype):
     """
-    Bytes for a token from the logits to the loss, all of them needed as the backward pass begins.
-    With a large vocabulary and a small model they are most of the memory.
+    Bytes from the logits to the loss as the backward pass begins, when the logits are freed, or in
+    the last chunk of tokens, if the loss is computed in chunks.
     """
     V = config.vocab_size
+    C = config.n_embd
+    if tokens * V <= MAX_LOGITS:
+        size = FLOAT32 * V * tokens      # log-softmax
+        size += FLOAT32 * V * tokens     # gradient of the log-softmax
+        size += FLOAT32 * V * tokens     # gradient of the logits
+        return size
     itemsize = getattr(torch, dtype).itemsize
-    size = itemsize * V     # logits
-    size += FLOAT32 * V     # log-softmax
-    size += FLOAT32 * V     # gradient of the log-softmax
-    size += FLOAT32 * V     # gradient of the logits
+    chunk_size = loss_chunk_size(V)
+    size = FLOAT32 * V * chunk_size      # logits
+    size += FLOAT32 * V * chunk_size     # log-softmax
+    if itemsize < FLOAT32:
+        size += itemsize * V * chunk_size  # logits in 16 bits
+    size += FLOAT32 * V * C              # gradient of lm_head
+    size += FLOAT32 * C * tokens         # gradient of the input of lm_head
     return size
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_module
 from components import estimate
 from components.device import GPU_PEAKS, peak_flops
 from components.optim import clip_and_step, configure_optimizers
@@ -27,11 +28,12 @@ def new_model(device='cpu', **settings):
 
 
 def forward(model, dtype):
-    """ The logits and the loss of random tokens. """
+    """ The loss of random tokens, as train.py computes it. """
     shape = (BATCH_SIZE, model.config.block_size)
     idx = torch.randint(model.config.vocab_size, shape)
     with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
-        return model(idx, idx)
+        _, loss = model(idx, idx, return_logits=False)
+    return loss
 
 
 def saved_bytes(model, dtype):
@@ -74,7 +76,7 @@ def test_weights_and_moments(muon_lr):
     model = new_model(**NEWER)
     optimizers = configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), 'cpu', muon_lr)
     scaler = torch.amp.GradScaler('cpu', enabled=False)
-    _, loss = forward(model, 'float32')
+    loss = forward(model, 'float32')
     loss.backward()
     clip_and_step(optimizers, scaler, model.parameters(), loss.detach())
     moments = 0
@@ -122,14 +124,18 @@ class LiveTensors(TorchDispatchMode):
     pytest.param(dict(vocab_size=5000, n_layer=1, n_embd=32), id='mostly logits'),
     pytest.param(NEWER, id='newer flags'),
 ])
-def test_total_memory_is_the_peak_of_two_micro_batches(dtype, settings):
+@pytest.mark.parametrize('num_chunks', [1, 4])
+def test_total_memory_is_the_peak_of_two_micro_batches(dtype, settings, num_chunks, monkeypatch):
     with LiveTensors() as live:
         model = new_model(**settings)
+        num_logits = BATCH_SIZE * model.config.block_size * model.config.vocab_size
+        for module in (model_module, estimate):
+            monkeypatch.setattr(module, 'MAX_LOGITS', num_logits // num_chunks)
         optimizers = configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), 'cpu')
         scaler = torch.amp.GradScaler('cpu', enabled=False)
         for _ in range(2):  # the moments exist from the second iteration on
             for _ in range(2):  # and gradients from the second micro-batch on
-                _, loss = forward(model, dtype)
+                loss = forward(model, dtype)
                 loss.backward()
                 loss = loss.detach()
             clip_and_step(optimizers, scaler, model.parameters(), loss)
@@ -141,7 +147,7 @@ def test_flops_of_a_real_step():
     model = new_model()
     # FlopCounterMode does not know the CPU's own attention kernel
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _, loss = forward(model, 'float32')
+        loss = forward(model, 'float32')
         loss.backward()
     estimated = model.flops_per_token(64) * BATCH_SIZE * 64
     assert estimated == pytest.approx(counter.get_total_flops(), rel=0.02)

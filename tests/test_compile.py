@@ -1,0 +1,151 @@
+"""
+torch.compile: the model and its loss are one graph, which is compiled once for training and once
+for evaluation. (The variants of bench.py are in test_bench.py.)
+"""
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL, environment, flags
+from torch._dynamo.utils import counters
+
+import model as model_module
+from components import settings as settings_module
+from components.device import missing_for_compile
+from model import GPT, GPTConfig
+
+SIZES = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False)
+RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
+
+
+@pytest.fixture
+def graphs():
+    """ The graphs that `graphs.backend` has compiled, for its torch.compile(backend=...). """
+    torch._dynamo.reset()
+    counters.clear()
+    yield Graphs()
+    torch._dynamo.reset()
+
+
+class Graphs(list):
+
+    def backend(self, graph, inputs):
+        """ Forward and backward pass are traced as for a GPU, and run without code generation. """
+        self.append(graph)
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
+
+
+def new_batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(40, (3, 17), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def train_twice(model, optimizer, autocast):
+    """ Two iterations of two micro-batches -> the last loss. """
+    for iteration in range(2):
+        for index in range(2):
+            with autocast:
+                _, loss = model(*new_batch(2 * iteration + index), return_logits=False)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+@torch.no_grad()
+def evaluate(model, autocast):
+    """ The loss of the last of two batches. """
+    model.eval()
+    for index in range(2):
+        with autocast:
+            _, loss = model(*new_batch(index), return_logits=False)
+    model.train()
+    return loss.item()
+
+
+def train_and_evaluate(args, dtype, compile=lambda model: model):
+    """ Alternates training and evaluation of a new model; yields the loss of each. """
+    torch.manual_seed(0)
+    raw_model = GPT(GPTConfig(**{**SIZES, **args}))
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=1e-2)
+    autocast = torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32')
+    model = compile(raw_model)
+    torch.manual_seed(1)  # of dropout
+    for _ in range(2):
+        yield train_twice(model, optimizer, autocast)
+        yield evaluate(model, autocast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-4), ('bfloat16', 1e-2)])
+@pytest.mark.parametrize('args', [
+    pytest.param(dict(), id='default'),
+    pytest.param(RECIPE, id='recipe'),
+    pytest.param(dict(dropout=0.1), id='dropout'),
+])
+def test_one_graph_to_train_and_one_to_evaluate(args, dtype, tolerance, graphs):
+    expected = list(train_and_evaluate(args, dtype))
+    compile = partial(torch.compile, backend=graphs.backend, fullgraph=True)
+    losses = []
+    num_graphs = []
+    for loss in train_and_evaluate(args, dtype, compile):
+        losses.append(loss)
+        num_graphs.append(len(graphs))
+    assert losses == pytest.approx(expected, abs=tolerance)
+    assert num_graphs == [1, 2, 2, 2]
+
+
+@pytest.mark.slow
+def test_logits_are_not_an_output_of_the_graph(graphs):
+    """ They would stay in memory, and the backward pass would get zeros of their size. """
+    model = GPT(GPTConfig(**SIZES))
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
+    compiled(*new_batch(0), return_logits=False)
+    output, = graphs[0].graph.find_nodes(op='output')
+    shapes = [node.meta['example_value'].shape for node in output.args[0]]
+    assert shapes == [()]
+
+
+@pytest.mark.slow
+def test_compiled_loss_is_not_in_chunks(graphs, monkeypatch):
+    monkeypatch.setattr(model_module, 'MAX_LOGITS', 100)
+    compiled = torch.compile(GPT(GPTConfig(**SIZES)), backend=graphs.backend, fullgraph=True)
+    compiled(*new_batch(0), return_logits=False)
+    losses = graphs[0].graph.find_nodes(op='call_function', target=F.cross_entropy)
+    assert len(losses) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('settings', [
+    pytest.param(dict(eval_iters=-1), id='default'),
+    pytest.param(dict(dropout=0.1, dtype='bfloat16', muon_lr=0.02, **RECIPE), id='recipe'),
+])
+def test_training_run_compiles_two_graphs(settings, graphs, script_globals, dataset, monkeypatch):
+    """ With evaluations, and with accumulated gradients. """
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=graphs.backend))
+    monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
+    script_globals('train.py', **{**SMALL, 'compile': True, 'max_iters': 6, 'eval_interval': 2,
+                                  'gradient_accumulation_steps': 2, 'dataset': dataset, **settings})
+    assert len(graphs) == 2
+    assert not counters['graph_break']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing_for_compile('cpu')), reason='no C++ compiler')
+def test_training_run_with_code_generation(tmp_path, dataset):
+    """ As above with torch's default backend: it is compiled again for evaluation alone. """
+    settings = {**SMALL, 'compile': True, 'max_iters': 6, 'eval_interval': 2, 'n_layer': 1,
+                'dataset': dataset}
+    done = subprocess.run(
+        [sys.executable, ROOT / 'train.py', *flags(settings)], cwd=tmp_path, text=True,
+        env={**environment(), 'TORCH_LOGS': 'recompiles,graph_breaks'}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert 'iter 5: loss' in done.stdout
+    recompiles = re.findall(r'Recompiling function (\w+)', done.stderr)
+    assert recompiles == ['forward'], done.stderr
+    assert 'Graph break' not in done.stderr
