@@ -38,10 +38,11 @@ from components.device import (
 )
 from components.errors import install_excepthook, one_line_errors
 from components.estimate import print_estimate
-from components.generation import next_tokens
+from components.generation import next_tokens, read_tokens
 from components.optim import clip_and_step, configure_optimizers
 from components.quantization import quantize_linears
 from components.settings import check_bench, new_model_config
+from components.static_decoding import StaticDecoder
 from components.tokenizer import DATA_DIR, load_meta
 from model import GPT
 
@@ -284,19 +285,22 @@ def make_sampler(dtype, int8=False):
     """ A function that samples from a new model, whose weights are stored in `dtype` or int8. """
     torch.manual_seed(seed)
     model = GPT(gpt_config).eval().to(device)
-    quantize_linears(model, getattr(torch, dtype), int8)
-    if compile:
-        model.compile()
+    quantize_linears(model, getattr(torch, dtype), int8, compile)
+    decoders = dict.fromkeys(BATCH_SIZES)
+    if compile or device_type == 'cuda':  # as in sample.py; one for each B keeps its graph
+        decoders = {B: StaticDecoder(model, compile) for B in BATCH_SIZES}
     prompt = torch.zeros(1, min(PROMPT_LENGTH, block_size), dtype=torch.long, device=device)
 
     def sample(B, **settings):
-        times = [time.perf_counter()]
+        start = time.perf_counter()
         with torch.inference_mode():
             idx = prompt.expand(B, -1)                                      # (B, T)
-            for tokens in next_tokens(model, idx, max_new_tokens, 0.8, 200, **settings):
-                tokens.tolist()  # waits for a GPU
-                times.append(time.perf_counter())
-        return times[1] - times[0], times[-1] - times[0]
+            steps = next_tokens(model, idx, max_new_tokens, 0.8, 200, decoder=decoders[B],
+                                **settings)
+            next(steps).tolist()  # waits for a GPU
+            first = time.perf_counter()
+            list(read_tokens(steps, one_by_one=False))
+        return first - start, time.perf_counter() - start
     return sample
 
 
@@ -331,7 +335,7 @@ def sampling_methods():
         methods['float32'] = Method(in_float32, 32)
     # as nanoGPT does: all tokens are read again for each new one, and samples follow each other
     methods['uncached float32'] = Method(partial(in_float32, cached=False), batch_sizes=(1,))
-    if has_fbgemm(device_type):
+    if has_fbgemm(device_type) and not compile:
         methods['int8'] = Method(make_sampler(dtype, int8=True), 8)
     if is_past_block:
         methods['past_block=half'] = Method(partial(this, past_block='half'), bits)

@@ -24,6 +24,7 @@ from components.generation import complete, group_into_batches, read_prompts
 from components.pretrained import find_model, load_model, load_tokenizer_record
 from components.quantization import quantize_linears
 from components.settings import check_sample
+from components.static_decoding import StaticDecoder
 from components.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -51,7 +52,8 @@ out = ''               # also write the samples to this file, one line of JSON e
 device = 'auto'        # cuda, cuda:1, mps or cpu; auto: the first of these that is available
 dtype = 'auto'         # of the weights: float32, bfloat16 or float16; auto: 16 bits on CUDA and x86
 quantize = ''          # int8: dynamic int8 quantization, on an x86 CPU; '': off
-compile = False        # torch.compile: minutes at first, then faster on a GPU
+compile = False        # torch.compile the step that samples a token: a minute first, then faster; a
+                       # GPU replays that step as a CUDA graph, compiled or not
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
@@ -84,14 +86,15 @@ with one_line_errors():
 device_type = device.partition(':')[0]
 use_device(device, dtype)
 model.eval().to(device)
-quantize_linears(model, getattr(torch, dtype), int8=quantize == 'int8')
+quantize_linears(model, getattr(torch, dtype), quantize == 'int8', compile)
 weights = quantize if quantize else dtype
 compiled = 'compiled' if compile else 'not compiled'
 for line in config_overrides:  # noqa: F821  configurator.py sets it
     print(line)
 print(f'device: {device}, {weights}, {compiled}')
-if compile:
-    model.compile()  # in place
+decoder = None
+if compile or device_type == 'cuda':
+    decoder = StaticDecoder(model, compile)
 
 
 # 3. sampling
@@ -115,7 +118,7 @@ def sample_batch(numbers, prompts):
         model, tokenizer, prompts, torch.from_numpy(random_numbers), stop, stream or interactive,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, past_block=past_block,
-        vocab_size=tokenizer.vocab_size)
+        vocab_size=tokenizer.vocab_size, decoder=decoder)
     for number, prompt, completion in zip(numbers, prompts, completions):
         samples[number] = dict(prompt=tokenizer.decode(prompt), text=completion.text,
                                tokens=completion.num_tokens, seconds=seconds)
@@ -132,7 +135,7 @@ def sample_prompts(prompts):
         batches = [[number] for number in range(len(prompts))]
     else:
         memory = free_memory(device_type) / 2
-        batches = group_into_batches(model, prompts, max_new_tokens, memory)
+        batches = group_into_batches(model, prompts, max_new_tokens, memory, decoder)
     for numbers in batches:
         batch = [prompts[number] for number in numbers]
         if stream:

@@ -1,7 +1,8 @@
 """
 Sampling from a model: tokens one after another for several prompts at once, and their text.
 
-Not here: the KV cache (model.py), int8 and 16-bit weights (quantization.py), settings (sample.py).
+Not here: the KV cache (model.py), static shapes for a GPU or torch.compile (static_decoding.py),
+int8 and 16-bit weights (quantization.py), settings (sample.py).
 """
 import glob
 import math
@@ -16,13 +17,16 @@ from tqdm import tqdm
 
 from components.errors import UserError
 
+NON_FINITE_LOGITS = ('non-finite logits (NaN or inf); set --dtype=float32, which has the widest '
+                     'range')
+
 # -----------------------------------------------------------------------------
 # the sampling loop
 
 @torch.no_grad()
 def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, top_p=1.0,
                 min_p=0.0, repetition_penalty=1.0, random_numbers=None, pad=None,
-                past_block='exact', cached=True):
+                past_block='exact', cached=True, decoder=None):
     """
     Continues each prompt by one token after another.
 
@@ -37,23 +41,47 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
         past_block: what the model reads past block_size tokens, 'exact' or 'half'; see Context
         cached: False computes every token without a KV cache, for a model whose forward() takes
             only (idx, targets)
+        decoder: a StaticDecoder of the model, which samples all tokens for which there is a cache,
+            without a synchronization; None: without static shapes
 
     Yields:
-        int64 (B,), max_new_tokens times
+        int64 (B,), max_new_tokens times. Where `decoder` has non-finite logits, the token is -1;
+        read_tokens() raises the error
+
+    Raises:
+        UserError: the logits are not finite
     """
     B, T = idx.shape
     if random_numbers is None:
         random_numbers = torch.rand(B, max_new_tokens, device=idx.device)
+    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    settings = dict(vocab_size=vocab_size, repetition_penalty=repetition_penalty, filters=filters)
     tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)      # (B, T + max_new)
     context = Context(model, T, max_new_tokens, pad, past_block, cached)
+    decoder_is_ready = False
     for n in range(T, T + max_new_tokens):
-        logits = context.next_logits(tokens[:, :n])                         # (B, V)
-        if repetition_penalty != 1:
-            logits = penalize_repetition(logits, tokens[:, :n], repetition_penalty)
-        logits = logits[:, :vocab_size]
-        tokens[:, n] = sample_token(logits, random_numbers[:, n - T], temperature, top_k, top_p,
-                                    min_p)
+        numbers = random_numbers[:, n - T]                                  # (B,)
+        if decoder_is_ready and not context.must_move(n):
+            tokens[:, n] = decoder.next_token(numbers)
+        else:
+            if decoder_is_ready:  # what follows reads the decoder's tokens
+                raise_if_non_finite(tokens[:, T:n].min())
+            logits = context.next_logits(tokens[:, :n])                     # (B, vocab_size)
+            if repetition_penalty != 1:
+                logits = penalize_repetition(logits, tokens[:, :n], repetition_penalty)
+            tokens[:, n] = sample_token(logits[:, :vocab_size], numbers, **filters)
+            is_in_cache = context.cache is not None and not context.must_move(n + 1)
+            decoder_is_ready = decoder is not None and is_in_cache
+            if decoder_is_ready:
+                decoder.start(tokens[:, :n + 1], context.cache, context.cache_size,
+                              context.remaining_pad(), settings)
         yield tokens[:, n]
+
+
+def raise_if_non_finite(token):
+    """ Raises UserError at a token of -1, which a decoder samples from non-finite logits. """
+    if token == -1:
+        raise UserError(NON_FINITE_LOGITS)
 
 
 class Context:
@@ -84,15 +112,22 @@ class Context:
     def next_logits(self, tokens):
         """ The logits of the token that follows `tokens` (B, n) -> float32 (B, vocab_size). """
         n = tokens.shape[1]
-        if n - self.first > self.block_size:
+        if self.must_move(n):
             self.move(n)
         start = self.first
         if self.cache is not None:
             start += self.cache[0].length
-        pad = None
-        if self.max_pad > self.first:
-            pad = (self.pad - self.first).clamp(min=0)                      # (B,)
-        return last_logits(self.model, tokens[:, start:], self.cache, pad)
+        return last_logits(self.model, tokens[:, start:], self.cache, self.remaining_pad())
+
+    def must_move(self, n):
+        """ Whether `n` tokens are more than the model reads from `first` on. """
+        return n - self.first > self.block_size
+
+    def remaining_pad(self):
+        """ The padding from `first` on, int64 (B,), or None if no row has any. """
+        if self.max_pad <= self.first:
+            return None
+        return (self.pad - self.first).clamp(min=0)                         # (B,)
 
     def move(self, n):
         """ Moves forward after `n` tokens. """
@@ -130,17 +165,31 @@ def last_logits(model, idx, cache, pad):
 
 def penalize_repetition(logits, tokens, penalty):
     """
-    Makes the tokens that a row already has less likely: divides their logits above 0 by `penalty`
-    and multiplies those below 0 (CTRL, arXiv 1909.05858; the form of transformers).
+    Makes the tokens that a row already has less likely, by penalize().
 
     logits (B, vocab_size), tokens (B, n) -> (B, vocab_size)
     """
-    seen = logits.gather(1, tokens)                                         # (B, n)
-    seen = torch.where(seen > 0, seen / penalty, seen * penalty)
+    seen = penalize(logits.gather(1, tokens), penalty)                      # (B, n)
     return logits.scatter(1, tokens, seen)
 
 
+def penalize(logits, penalty):
+    """
+    Divides logits above 0 by `penalty` and multiplies those below 0 (CTRL, arXiv 1909.05858; the
+    form of transformers).
+    """
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
 def sample_token(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """ sample_from_finite_logits(). Raises UserError if the logits (B, V) are not finite. """
+    if not logits.amax(dim=-1).isfinite().all():
+        raise UserError(NON_FINITE_LOGITS)
+    return sample_from_finite_logits(logits, random_numbers, temperature, top_k, top_p, min_p)
+
+
+def sample_from_finite_logits(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0,
+                              min_p=0.0, static_shapes=False):
     """
     Samples one token for each row of logits (B, V) from the softmax of logits / temperature, after
     three filters in this order: top_k, top_p, min_p.
@@ -151,16 +200,11 @@ def sample_token(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0,
         top_k: keeps so many of the most likely tokens; 0 or None keeps all
         top_p: as in filter_top_p(); 1.0 is off
         min_p: as in filter_min_p(); 0.0 is off
+        static_shapes: whether all shapes are the same for any logits
 
     Returns:
-        int64 (B,)
-
-    Raises:
-        UserError: the logits are not finite
+        int64 (B,); any token below V where the logits are not finite
     """
-    if not logits.amax(dim=-1).isfinite().all():
-        raise UserError('non-finite logits (NaN or inf); set --dtype=float32, which has the '
-                        'widest range')
     if temperature < 1e-5:
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -168,7 +212,7 @@ def sample_token(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0,
     ids = None
     if top_k and top_k < k:
         k = top_k
-        logits, ids = filter_top_k(logits, k)
+        logits, ids = filter_top_k(logits, k, static_shapes)
     probs = F.softmax(logits, dim=-1)                                       # (B, k or V)
     if top_p < 1:
         probs = filter_top_p(probs, top_p, k)
@@ -180,7 +224,7 @@ def sample_token(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0,
     return index.squeeze(1)
 
 
-def filter_top_k(logits, k):
+def filter_top_k(logits, k, static_shapes=False):
     """
     Keeps the k largest of each row of logits (B, V), and all that are equal to the k-th.
 
@@ -189,7 +233,8 @@ def filter_top_k(logits, k):
     """
     values, ids = logits.topk(k + 1)                                        # (B, k + 1), descending
     kth = values[:, k - 1:k]                                                # (B, 1)
-    if logits.device.type == 'cpu' and (values[:, k:] < kth).all():
+    may_shrink = logits.device.type == 'cpu' and not static_shapes
+    if may_shrink and (values[:, k:] < kth).all():
         # the softmax of k values instead of the whole vocabulary: half the time of sample_token()
         # with GPT-2's vocabulary, a tenth of the time of a token of a small model
         ids, order = ids[:, :k].sort()                                      # (B, k)
@@ -227,6 +272,7 @@ def sample_index(probs, random_numbers):
     cdf = probs.cumsum(dim=-1)                                              # (B, n)
     threshold = (1 - random_numbers)[:, None] * cdf[:, -1:]                 # (B, 1), above 0
     index = torch.searchsorted(cdf, threshold)                              # (B, 1)
+    index = index.clamp(max=probs.shape[1] - 1)  # past the end where probs are NaN
     # a GPU sums in parallel, so its cdf may not be monotonic
     is_filtered = probs.gather(1, index) == 0
     most_likely = probs.argmax(dim=-1, keepdim=True)
@@ -297,8 +343,10 @@ def complete(model, tokenizer, prompts, random_numbers, stop='', stream=False, *
         steps = next_tokens(model, idx, max_new_tokens, pad=pad,
                             random_numbers=random_numbers.to(device), **settings)
         disable = True if stream else None  # None: where stderr is not a terminal
-        for tokens in tqdm(steps, total=max_new_tokens, unit='token', leave=False, disable=disable):
-            for sample, token in zip(samples, tokens.tolist()):
+        steps = tqdm(steps, total=max_new_tokens, unit='token', leave=False, disable=disable)
+        one_by_one = stream or stop != ''
+        for tokens in read_tokens(steps, one_by_one):
+            for sample, token in zip(samples, tokens):
                 sample.append(token)
             if stream:
                 text = printable_part(samples[0].text(), stop)
@@ -311,6 +359,23 @@ def complete(model, tokenizer, prompts, random_numbers, stop='', stream=False, *
     if stream:
         print(completions[0].text[num_printed:])
     return completions, seconds
+
+
+def read_tokens(steps, one_by_one):
+    """
+    The tokens (B,) of each step as lists, after each step or all after the last one. Reading waits
+    for a GPU, which otherwise computes while later steps are submitted.
+
+    Raises UserError at a token of non-finite logits.
+    """
+    if not one_by_one:
+        steps = list(steps)
+        if steps:
+            steps = torch.stack(steps).cpu()                                # (max_new_tokens, B)
+    for tokens in steps:
+        ids = tokens.tolist()
+        raise_if_non_finite(min(ids))
+        yield ids
 
 
 def pad_prompts(prompts, device):
@@ -368,9 +433,10 @@ def printable_part(text, stop):
     return text
 
 
-def group_into_batches(model, prompts, max_new_tokens, memory):
+def group_into_batches(model, prompts, max_new_tokens, memory, decoder=None):
     """
     Groups the samples of `prompts`, lists of ids, into batches that fit into `memory` bytes.
+    `decoder` as in next_tokens().
 
     Samples that stay within block_size can be in one batch. Longer ones are batched with others of
     the same length only, because the longest row decides which tokens the model reads.
@@ -388,17 +454,20 @@ def group_into_batches(model, prompts, max_new_tokens, memory):
     for length in sorted(groups):
         indices = groups[length]
         longest = max(len(prompts[i]) for i in indices) + max_new_tokens
-        batch_size = samples_that_fit(model, longest, memory)
+        batch_size = samples_that_fit(model, longest, memory, decoder)
         for start in range(0, len(indices), batch_size):
             batches.append(indices[start:start + batch_size])
     return batches
 
 
-def samples_that_fit(model, n, memory):
+def samples_that_fit(model, n, memory, decoder=None):
     """ An estimate of how many samples of `n` tokens fit into `memory` bytes; at least 1. """
     config = model.config
     T = min(config.block_size, n)
-    cache = 2 * config.n_layer * T * config.n_embd
+    cache_size = T
+    if decoder is not None:  # it has another cache
+        cache_size += decoder.cache_size(T)
+    cache = 2 * config.n_layer * cache_size * config.n_embd
     activations = 20 * T * config.n_embd
     logits = 8 * config.vocab_size
     bytes_per_sample = 4 * (cache + activations + logits)

@@ -17,16 +17,17 @@ from components.device import has_bfloat16, has_fbgemm
 LONG_INPUT = 32  # tokens per row from which a layer is compute-bound
 
 
-def quantize_linears(model, dtype, int8=False):
+def quantize_linears(model, dtype, int8=False, compile=False):
     """
     Replaces every nn.Linear of `model` by a QuantizedLinear, in place; then it can no longer train.
-    Subclasses of nn.Linear stay, as they may compute something else.
+    Subclasses of nn.Linear stay, as they may compute something else. `compile`: whether the model
+    will be compiled.
     """
     for name, child in model.named_children():
         if type(child) is nn.Linear:
-            setattr(model, name, QuantizedLinear(child, dtype, int8))
+            setattr(model, name, QuantizedLinear(child, dtype, int8, compile))
         else:
-            quantize_linears(child, dtype, int8)
+            quantize_linears(child, dtype, int8, compile)
 
 
 class QuantizedLinear(nn.Module):
@@ -46,9 +47,11 @@ class QuantizedLinear(nn.Module):
         linear: the nn.Linear whose weights it takes
         dtype: torch.dtype of the weights
         int8: whether single tokens are multiplied in int8; requires FBGEMM
+        compile: leaves out FBGEMM's kernels, which torch.compile cannot have in a graph
     """
 
-    def __init__(self, linear, dtype, int8=False):
+    def __init__(self, linear, dtype, int8=False, compile=False):
+        assert not (int8 and compile)
         super().__init__()
         weight = linear.weight.detach()                                     # (out, in)
         bias = linear.bias
@@ -72,7 +75,7 @@ class QuantizedLinear(nn.Module):
         if int8:
             self.packed_int8 = pack_int8(weight, bias)
         self.packed_float16 = None
-        if use_fbgemm and not (int8 and has_bfloat16()):
+        if use_fbgemm and not compile and not (int8 and has_bfloat16()):
             self.packed_float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def forward(self, x):

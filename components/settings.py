@@ -212,6 +212,7 @@ def check_sample(settings):
     if s.quantize:
         require(has_fbgemm(device_type),
                 f"quantize='int8' is not available on {s.device}; it requires an x86 CPU")
+        require(not s.compile, "quantize='int8' cannot be compiled; set --compile=False")
     if s.interactive:
         require(s.start == '\n', 'interactive=True reads prompts from the terminal; omit --start')
     if not s.out:

@@ -2,11 +2,13 @@
 import json
 import re
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import run
+from torch._dynamo.testing import CompileCounter
 
 from components import device, optim
 from components import settings as settings_module
@@ -65,6 +67,22 @@ def test_sampling_methods(tmp_path, dataset):
                  'transformers, batch 10: ', 'memory bandwidth'):
         assert text in out
     assert 'past_block' not in out
+
+
+@pytest.mark.slow
+def test_compiled_sampling_has_a_graph_for_each_batch_size(script_globals, dataset, monkeypatch,
+                                                           capsys):
+    """ And for each dtype. FBGEMM's int8 kernel cannot be compiled. """
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=counter))
+    monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
+    script_globals('bench.py', mode='sample', compile=True, dtype='bfloat16', dataset=dataset,
+                   max_new_tokens=20, rotary=True, **TINY)
+    assert counter.frame_count == 4
+    out = capsys.readouterr().out
+    assert 'past_block=half, batch 10: ' in out
+    assert 'int8' not in out
 
 
 @pytest.mark.slow
@@ -168,7 +186,7 @@ def test_real_and_random_batches(script_globals, dataset):
 
 @pytest.mark.slow
 def test_sampling_speed_counts_the_tokens_of_all_samples(script_globals, monkeypatch, capsys):
-    """ The clock of this test advances a second at each look: one per token, of all samples. """
+    """ The clock of this test advances a second at each look: after the first and last tokens. """
     looks = iter(range(10**6))
     monkeypatch.setattr(time, 'perf_counter', lambda: float(next(looks)))
     settings = {**TINY, 'n_head': 1, 'n_embd': 8}
@@ -176,7 +194,7 @@ def test_sampling_speed_counts_the_tokens_of_all_samples(script_globals, monkeyp
                    rotary=True, **settings)
     out = capsys.readouterr().out
     weights = 12 * 8**2 + 8 * 50304
-    share = 4 * weights / 2**29 * 100  # a token per second, and a bandwidth of 512 MiB per second
+    share = 2 * 4 * weights / 2**29 * 100  # two tokens per second, and 512 MiB per second
     for B in (1, 10):
-        assert (f'this, batch {B}: {B}.0 tokens/s, first token after 1000ms, '
+        assert (f'this, batch {B}: {2 * B}.0 tokens/s, first token after 1000ms, '
                 f'weights read at {share:.0f}% of the bandwidth') in out

@@ -333,7 +333,7 @@ def test_top_k_with_equal_logits_in_another_row():
 
 def test_top_k_has_two_equal_forms(monkeypatch):
     """ On a CPU the softmax is over k values, elsewhere over the whole vocabulary. """
-    def top_k_of_a_gpu(logits, k):
+    def top_k_of_a_gpu(logits, k, static_shapes):
         kth = logits.topk(k).values[:, -1:]
         return logits.masked_fill(logits < kth, -math.inf), None
 

@@ -455,6 +455,15 @@ def test_int8_on_a_machine_without_it(monkeypatch):
         apply_check_sample(quantize='int8', device='cuda:1')
 
 
+def test_int8_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(settings_module, 'has_fbgemm', lambda device_type: True)
+    monkeypatch.setattr(settings_module, 'missing_for_compile', lambda device_type: '')
+    apply_check_sample(quantize='int8')
+    apply_check_sample(compile=True)
+    with refused("quantize='int8'", '--compile=False'):
+        apply_check_sample(quantize='int8', compile=True)
+
+
 def test_samples_into_a_missing_folder():
     with refused('out=nowhere/samples.jsonl', 'folder is missing'):
         apply_check_sample(out='nowhere/samples.jsonl')

@@ -1,0 +1,180 @@
+"""
+Decoding with static shapes: each token is sampled by the same operations on the same memory, which
+a GPU replays as one CUDA graph and torch.compile compiles once. Without that, a GPU spends most of
+the time of a token on the launches of some 200 small kernels.
+
+Not here: the prompt and the loop over the tokens (generation.py), and the model (model.py).
+"""
+import torch
+
+from components.generation import penalize, sample_from_finite_logits
+
+SMALLEST_CACHE = 256  # tokens
+WARM_UP_STEPS = 3     # before a capture: the first steps select kernels and allocate workspaces
+
+
+class StaticDecoder:
+    """
+    Samples the tokens after the first one, for next_tokens(). Use one decoder for all batches: what
+    it compiled or captured is used again as long as batch size, cache size, and settings of the
+    sampling stay the same.
+
+    All state of step() is in tensors that never move:
+        cache: a StaticKVCache for each block
+        token: int64 (B,), the last token; -1 if its logits were not finite
+        position: int64 (1,), its place in the cache
+        pad: int64 (B,), the number of padding tokens that each row begins with
+        random_numbers: (B,) in [0, 1), which decide the next token
+        seen: bool (B, vocab_size), the tokens that a row already has
+
+    Args:
+        model: a GPT
+        compile: whether to compile the step
+    """
+
+    def __init__(self, model, compile=False):
+        self.model = model
+        self.use_cuda_graph = model.transformer.wte.weight.device.type == 'cuda'
+        self.run_step = self.step
+        if compile:
+            self.run_step = torch.compile(self.step, fullgraph=True)
+        self.graph = None     # a CUDA graph of a step
+        self.cache = None
+        self.made_for = None  # the shapes and settings that this state and the graph are for
+
+    def cache_size(self, n):
+        """ The size of a cache for `n` tokens: a few sizes for all prompts. """
+        size = SMALLEST_CACHE
+        while size < n:
+            size *= 2
+        return min(size, self.model.config.block_size)
+
+    @torch.inference_mode()
+    def start(self, tokens, cache, size, pad, settings):
+        """
+        Copies the state of a batch whose prompts the model has read.
+
+        Args:
+            tokens: int64 (B, n), the prompts and a first sampled token, which is not in the cache
+            cache: a KVCache for each block
+            size: the number of tokens that the cache has to hold later
+            pad: int64 (B,), the padding in the cache, or None
+            settings: dict(vocab_size, repetition_penalty, filters) as next_tokens() has them;
+                `filters` is a dict of arguments for sample_from_finite_logits()
+        """
+        B = len(tokens)
+        size = self.cache_size(size)
+        if self.made_for != (B, size, settings):
+            self.allocate(B, size, cache)
+            self.settings = settings
+            if self.use_cuda_graph:
+                self.capture()
+            self.made_for = (B, size, settings)
+
+        for static_cache, layer_cache in zip(self.cache, cache):
+            static_cache.load(layer_cache)
+        self.token.copy_(tokens[:, -1])
+        self.position.fill_(cache[0].length)
+        self.pad.zero_()
+        if pad is not None:
+            self.pad.copy_(pad)
+        self.seen.zero_().scatter_(1, tokens, True)
+
+    @torch.inference_mode()
+    def next_token(self, random_numbers):
+        """
+        Samples the next token by random_numbers (B,) in [0, 1) -> int64 (B,), which the next call
+        overwrites. Nothing waits for the GPU.
+        """
+        self.random_numbers.copy_(random_numbers)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.run_step()
+        return self.token
+
+    def step(self):
+        """ Reads the last token and samples the next one, without a synchronization. """
+        last_token = self.token.clamp(min=0)[:, None]                       # (B, 1)
+        positions = (self.position - self.pad)[:, None]                     # (B, 1)
+        size = self.cache[0].k.shape[2]
+        keys = torch.arange(size, device=self.pad.device)                   # (S,)
+        mask = (keys <= self.position) & (keys >= self.pad[:, None])        # (B, S)
+        x = self.model.hidden_states(last_token, positions, mask[:, None, None], self.cache)
+        logits = self.model.lm_head(x)[:, -1].float()                       # (B, vocab_size)
+
+        penalty = self.settings['repetition_penalty']
+        if penalty != 1:
+            logits = torch.where(self.seen, penalize(logits, penalty), logits)
+        logits = logits[:, :self.settings['vocab_size']]
+        is_finite = logits.amax(dim=-1).isfinite()                          # (B,)
+        token = sample_from_finite_logits(logits, self.random_numbers, static_shapes=True,
+                                          **self.settings['filters'])       # (B,)
+        if penalty != 1:
+            self.seen.scatter_(1, token[:, None], True)
+        self.token.copy_(token.masked_fill(~is_finite, -1))
+        self.position.add_(1)
+
+    def allocate(self, B, size, cache):
+        """ Makes the state, with a cache of the shapes and dtypes of `cache`. """
+        self.made_for = None
+        self.graph = None  # first, which frees the memory of the previous state
+        self.cache = None
+        device = cache[0].k.device
+        self.token = torch.zeros(B, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.pad = torch.zeros(B, dtype=torch.long, device=device)
+        self.random_numbers = torch.zeros(B, device=device)
+        vocab_size = self.model.config.vocab_size
+        self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
+        self.cache = [StaticKVCache(layer_cache, size, self.position) for layer_cache in cache]
+
+    def capture(self):
+        """
+        Captures a step in a CUDA graph, before the state has a prompt that this would change. See
+        "CUDA Graphs" in PyTorch's notes on CUDA semantics.
+
+        Not by torch.compile(mode='reduce-overhead'): that requires Triton and a C compiler, and
+        skips functions that change their inputs, as step() changes the cache, unless each of these
+        tensors is marked as static.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self.run_step()
+                self.position.zero_()  # block_size may be smaller than the number of these steps
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads call at the same time does not end the capture
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            self.run_step()
+        self.graph = graph
+
+
+class StaticKVCache:
+    """
+    The keys and values that one attention layer has seen, in tensors (B, nh, size, hs) with zeros
+    for later tokens. The new token is at `position`, int64 (1,).
+    """
+
+    def __init__(self, cache, size, position):
+        B, nh, _, hs = cache.k.shape
+        self.k = cache.k.new_zeros(B, nh, size, hs)
+        self.v = cache.v.new_zeros(B, nh, size, hs)
+        self.position = position
+
+    def load(self, cache):
+        """ Copies a KVCache. """
+        n = cache.length
+        self.k[:, :, :n] = cache.k[:, :, :n]
+        self.v[:, :, :n] = cache.v[:, :, :n]
+        # a NaN of an earlier text would pass a mask, as 0 times NaN is NaN
+        self.k[:, :, n:] = 0
+        self.v[:, :, n:] = 0
+
+    def extend(self, k, v):
+        """ Writes k and v (B, nh, 1, hs) -> those of all places, (B, nh, size, hs). """
+        self.k.index_copy_(2, self.position, k)
+        self.v.index_copy_(2, self.position, v)
+        return self.k, self.v
