@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 RMS_NORM_EPS = 1e-6
 MAX_LOGITS = 2**26  # numbers, 256 MiB in float32; the loss of more is computed in chunks of tokens
@@ -209,6 +210,7 @@ class GPT(nn.Module):
             cos, sin = rope_cos_sin(config.block_size, config.n_embd // config.n_head)
             self.register_buffer('cos', cos, persistent=False)
             self.register_buffer('sin', sin, persistent=False)
+        self.activation_checkpointing = False  # for training with less memory; see hidden_states()
         self.init_weights()
 
     def init_weights(self):
@@ -290,7 +292,11 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             layer_cache = cache[i] if cache else None
             is_last = i == self.config.n_layer - 1
-            x = block(x, rope, layer_cache, mask, last_only and is_last)    # (B, T or 1, C)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # stores x alone, and computes the block again in the backward pass
+                x = checkpoint(block, x, rope, use_reentrant=False)         # (B, T, C)
+            else:
+                x = block(x, rope, layer_cache, mask, last_only and is_last)  # (B, T or 1, C)
         return self.transformer.ln_f(x)
 
     def crop_block_size(self, block_size):

@@ -19,18 +19,16 @@ from itertools import count
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from components import distributed, metrics, optim, settings
 from components.checkpoint import Checkpointer
 from components.dataset import gather_windows, open_bin, prefetch
-from components.device import choose_device, compile_model, use_device
+from components.device import choose_device, use_device
 from components.errors import install_excepthook, one_line_errors
 from components.monitor import StepMonitor
 from components.pretrained import find_model, load_model, resolve_init_from
 from components.signals import StopSignal
 from components.tokenizer import load_meta, tokenizer_record
-from components.torch_versions import ddp_without_buffer_sync
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -86,6 +84,8 @@ min_lr = 6e-5                 # usually learning_rate / 10; Muon's is in proport
 backend = 'auto'              # of several processes: nccl or gloo; auto: nccl on CUDA
 device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first that is available
 dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits where they are native
+fsdp = False                  # divide parameters, gradients, moments among the processes: FSDP
+activation_checkpointing = False  # compute each block again in the backward pass: less memory
 compile = 'auto'              # torch.compile: True or False; auto: on CUDA; reduce-overhead: with
                               # CUDA graphs, for small models and one micro-batch per iteration
 # -----------------------------------------------------------------------------
@@ -138,7 +138,8 @@ with one_line_errors():
 
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
-raw_model = model.to(device)
+model.activation_checkpointing = activation_checkpointing
+raw_model, model, eval_model = distributed.parallelize(model, device, dtype, compile, ddp, fsdp)
 optimizers = optim.configure_optimizers(
     raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -158,12 +159,6 @@ if master_process:
         config, source, checkpointer, raw_model, len(data['train']), world_size)
     for line in [*config_overrides, *summary]:  # noqa: F821  configurator.py sets it
         print_master(line)
-
-model = compile_model(raw_model, compile)
-eval_model = model  # without DDP
-if ddp:
-    # gradients stay in the buckets that the processes exchange; buffers are constant
-    model = DDP(model, gradient_as_bucket_view=True, **ddp_without_buffer_sync())
 
 # -----------------------------------------------------------------------------
 # batches
@@ -259,16 +254,18 @@ def estimate_split_loss(split):
         read_batch = get_batch
         num_windows = eval_iters * batch_size
     num_batches = math.ceil(num_windows / batch_size)
-    indices = range(rank, num_batches, world_size)
+    first_indices = range(0, num_batches, world_size)  # every process evaluates as many batches
     hide_bar = None if master_process else True  # None: shown on a terminal
-    losses = [torch.zeros((), device=device)]  # a zero, because a process may have no batch
-    num_rows = [0]
-    for index in tqdm(indices, f'loss of {split}', delay=2, leave=False, disable=hide_bar):
-        X, Y = read_batch(split, index)
+    losses = []
+    num_rows = []
+    for first in tqdm(first_indices, f'loss of {split}', delay=2, leave=False, disable=hide_bar):
+        index = first + rank
+        X, Y = read_batch(split, min(index, num_batches - 1))
         with autocast:
             _, loss = eval_model(X.to(device), Y.to(device), return_logits=False)
         losses.append(loss.float().clone())  # the next batch may overwrite loss
-        num_rows.append(min(batch_size, num_windows - index * batch_size))  # without padding
+        rows_left = max(0, num_windows - index * batch_size)  # 0: another process has this batch
+        num_rows.append(min(batch_size, rows_left))           # without padding
     sums = torch.stack(losses).cpu().double() * torch.tensor(num_rows)
     total = distributed.all_reduce_sum(sums.sum(), device)
     return total.item() / num_windows

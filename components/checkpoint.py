@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
+from components.distributed import broadcast, gather_to_master, shard_like
 from components.errors import UserError
 from components.files import check_free_space, whole_file
 from components.optim import MOMENTS
@@ -66,9 +67,10 @@ def newer_args(config):
     return newer
 
 
-def save_checkpoint(path, model, optimizers, **fields):
+def save_checkpoint(path, model, optimizers, is_master=True, **fields):
     """
-    Writes a checkpoint to `path` atomically.
+    Writes a checkpoint to `path` atomically, in the master process. All processes call this, as
+    each may have a part of the tensors.
 
     Args:
         model: the unwrapped GPT; torch.compile and DDP add a prefix to its keys
@@ -90,6 +92,9 @@ def save_checkpoint(path, model, optimizers, **fields):
     for name, optimizer in optimizers.items():
         checkpoint[name] = optimizer.state_dict()
     checkpoint = tree_map(to_python_number, checkpoint)
+    checkpoint = tree_map(gather_to_master, checkpoint)
+    if not is_master:
+        return
 
     interrupted_save = Path(f'{path}.tmp')
     interrupted_save.unlink(missing_ok=True)  # its space may be needed
@@ -290,7 +295,7 @@ def fitting_moment(tensor, p):
     tensor = tensor[:len(p)].clone()
     if tensor.shape != p.shape:
         raise ValueError(f'moment {tuple(tensor.shape)} of a parameter {tuple(p.shape)}')
-    return tensor
+    return shard_like(tensor, p)
 
 # -----------------------------------------------------------------------------
 # a run
@@ -409,16 +414,15 @@ class Checkpointer:
 
     def save(self, iter_num, is_stopping, **progress):
         """
-        Saves the run in the master process. If that fails, a warning is printed, older checkpoints
-        stay, and training continues.
+        Saves the run, in the master process; all processes call this. If it fails, a warning is
+        printed, older checkpoints stay, and training continues.
 
         Args:
             is_stopping: whether a signal ends the run; see MIN_SECONDS_TO_REPLACE
             progress: the keys tokens, seconds and loss of the checkpoint
         """
-        if not self.is_master:
-            return
-        if is_stopping and self.would_replace_another_run(progress['seconds']):
+        is_refused = is_stopping and self.would_replace_another_run(progress['seconds'])
+        if broadcast(is_refused):
             self.error = (f'a run of less than {self.MIN_SECONDS_TO_REPLACE} seconds does not '
                           f'replace the earlier run in {self.out_dir}')
             return
@@ -427,10 +431,12 @@ class Checkpointer:
         path, other_path = self.last_path, self.best_path
         if self.config['always_save_checkpoint'] or is_best_now:
             path, other_path = self.best_path, self.last_path
+        error = ''
         try:
-            os.makedirs(self.out_dir, exist_ok=True)
+            if self.is_master:
+                os.makedirs(self.out_dir, exist_ok=True)
             save_checkpoint(
-                path, self.model, self.optimizers,
+                path, self.model, self.optimizers, self.is_master,
                 iter_num=iter_num,
                 best_val_loss=self.best_val_loss,
                 best_val_iter=self.best_val_iter,
@@ -441,18 +447,19 @@ class Checkpointer:
                 job=self.job,
                 **progress)
             other_is_outdated = path == self.best_path or not self.owns_files
-            if other_is_outdated:
+            if other_is_outdated and self.is_master:
                 other_path.unlink(missing_ok=True)
-        except OSError as error:
-            self.error = str(error)
+        except OSError as exception:
+            error = str(exception)
+        self.error = broadcast(error)  # all processes know what is on disk
+        if self.error:
             self.best_val_loss, self.best_val_iter = self.saved_best  # what is on disk
-            self.print_master(f'WARNING: nothing was saved: {error}. Training continues, and older '
-                              'checkpoints are intact.')
+            self.print_master(f'WARNING: nothing was saved: {self.error}. Training continues, and '
+                              'older checkpoints are intact.')
             return
         self.owns_files = True
         self.saved_iter = iter_num
         self.saved_best = (self.best_val_loss, self.best_val_iter)
-        self.error = ''
 
     def would_replace_another_run(self, seconds):
         """ Whether it is too early, after `seconds` of training, to replace another run. """

@@ -1,6 +1,10 @@
 """
 The processes of a job that torchrun started: how they find each other, agree, and shut down.
 
+With fsdp=True the parameters, gradients and moments of a model are divided among the processes
+(FSDP2, arXiv 2304.11277 and torch.distributed.fsdp): each is a DTensor, of which a process has some
+rows. Everything that knows of that stands here.
+
 Not here: what each of them computes (train.py); signals (signals.py).
 """
 import math
@@ -11,8 +15,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 
+from components.device import compile_model
 from components.errors import UserError
+from components.torch_versions import ddp_without_buffer_sync
 
 # how long processes wait for each other: longer than one of them saves, uploads or compiles
 TIMEOUT = timedelta(hours=1)
@@ -103,12 +110,131 @@ def compute_in_parts(function, batch):
     return results[:N]
 
 
+def parallelize(model, device, dtype, compile, ddp, fsdp):
+    """
+    Prepares a model, on the CPU, for training in this process or in several.
+
+    Args:
+        model: the GPT
+        device: of this process
+        dtype: of the run
+        compile: a value for device.compile_model()
+        ddp: whether there are several processes, each with the whole model
+        fsdp: whether each has a part of the parameters instead. A block is gathered where it is
+            computed, in `dtype`
+
+    Returns:
+        raw_model: the GPT, on its device, whose parameters the optimizers update
+        model: what a training step calls
+        eval_model: what an evaluation calls
+    """
+    if fsdp:
+        shard(model, device, dtype, compile)
+        return model, model, model
+    raw_model = model.to(device)
+    eval_model = compile_model(raw_model, compile)
+    if not ddp:
+        return raw_model, eval_model, eval_model
+    # gradients stay in the buckets that the processes exchange; buffers are constant
+    ddp_model = DDP(eval_model, gradient_as_bucket_view=True, **ddp_without_buffer_sync())
+    return raw_model, ddp_model, eval_model
+
+
+def shard(model, device, dtype, compile):
+    """
+    Divides the parameters of a GPT among the processes. Gradients are reduced after every
+    micro-batch, so that no process holds all of them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if dtype == 'bfloat16':
+        # autocast computes with the same numbers; gathering them takes half the time
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        if compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # the embeddings and lm_head
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, 'to_local')  # a DTensor, whose import takes time
+
+
+def local_part(tensor):
+    """ The rows of a sharded tensor that this process has; another tensor itself. """
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def gather_to_master(value):
+    """
+    A sharded tensor with all its rows, in the first process's host memory; None in the others.
+    Values of other kinds are returned as they are.
+    """
+    if not is_sharded(value):
+        return value
+    is_master = dist.get_rank() == 0
+    num_rows = math.ceil(len(value) / dist.get_world_size())  # the last processes may have fewer
+    shard = value.to_local()
+    part = shard.new_zeros(num_rows, *value.shape[1:])
+    part[:len(shard)] = shard
+    parts = None
+    if is_master:
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.gather(part, parts)
+    return torch.cat(parts)[:len(value)].cpu() if is_master else None
+
+
+def shard_like(tensor, p):
+    """ The rows of a tensor that this process has of the parameter p; all if p is not sharded. """
+    if not is_sharded(p):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def whole(tensor):
+    """ A sharded tensor with all its rows; another tensor itself. """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def compute_by_owners(function, batch, num_rows):
+    """
+    function(matrices) of sharded matrices. Each process gets some of them whole from the others,
+    and gives back their rows of the results.
+
+    Args:
+        function: of each matrix by itself, (n, num_rows, columns) -> the same shape
+        batch: (N, rows, columns), the rows that this process has of each matrix
+        num_rows: of a whole matrix
+
+    Returns: (N, rows, columns)
+    """
+    N, rows, columns = batch.shape
+    P = dist.get_world_size()
+    n = math.ceil(N / P)         # matrices of each process, and
+    r = math.ceil(num_rows / P)  # rows; the last ones may have fewer
+    parts = batch.new_zeros(P * n, r, columns)
+    parts[:N, :rows] = batch
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts)
+    matrices = received.view(P, n, r, columns).transpose(0, 1).reshape(n, P * r, columns)
+    matrices[:, :num_rows] = function(matrices[:, :num_rows])
+    results = matrices.view(n, P, r, columns).transpose(0, 1).contiguous()
+    dist.all_to_all_single(parts, results.view(P * n, r, columns))
+    return parts[:N, :rows]
+
+
 def warm_up_ddp_buckets(model, x, y, autocast):
     """
     Runs one backward pass and drops its gradients. After its first backward pass DDP rebuilds its
     buckets, and with them the order of its sums: a resumed run must begin with the order that the
-    interrupted one had.
+    interrupted one had. FSDP has no such order.
     """
+    if not isinstance(model, DDP):
+        return
     with autocast:
         _, loss = model(x, y, return_logits=False)
     loss.backward()

@@ -9,7 +9,13 @@ To add an optimizer, change `configure_optimizers`, and name the tensors that it
 """
 import torch
 
-from components.distributed import compute_in_parts
+from components.distributed import (
+    compute_by_owners,
+    compute_in_parts,
+    is_sharded,
+    local_part,
+    whole,
+)
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,8 +56,9 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, params, lr, weight_decay, momentum):
         """ Updates matrices of one shape together, as a GPU waits for the start of each call. """
-        grads = torch.stack([p.grad for p in params])                       # (n, rows, columns)
-        buffers = [self.momentum_buffer(p) for p in params]
+        # of sharded matrices, this process has some rows
+        grads = torch.stack([local_part(p.grad) for p in params])           # (n, rows, columns)
+        buffers = [local_part(self.momentum_buffer(p)) for p in params]
         averages = torch.stack(buffers)                                     # (n, rows, columns)
         factor = 1
         if self.found_inf is not None:
@@ -62,16 +69,17 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(buffers, averages.unbind())
         directions = grads.lerp_(averages, momentum)  # Nesterov: one step ahead of the average
 
-        directions = directions.to(self.dtype)
         rows, columns = params[0].shape
-        if rows > columns:
-            updates = compute_in_parts(orthogonalize, directions.mT.contiguous()).mT
+        directions = directions.to(self.dtype)
+        if is_sharded(params[0]):
+            updates = compute_by_owners(orthogonalize, directions, rows)
         else:
             updates = compute_in_parts(orthogonalize, directions)
         scale = max(1, rows / columns) ** 0.5  # taller matrices take larger updates
         updates = updates * (lr * scale * factor)
-        torch._foreach_mul_(params, 1 - lr * weight_decay * factor)
-        torch._foreach_sub_(params, updates.to(params[0].dtype).unbind())
+        local_params = [local_part(p) for p in params]
+        torch._foreach_mul_(local_params, 1 - lr * weight_decay * factor)
+        torch._foreach_sub_(local_params, updates.to(local_params[0].dtype).unbind())
 
     def momentum_buffer(self, p):
         """ The running average of the gradients of p. """
@@ -86,10 +94,12 @@ def orthogonalize(X):
     X with A = X X^T.
 
     Args:
-        X: (n, r, c) with r <= c; n matrices
+        X: (n, rows, columns); n matrices
 
-    Returns: (n, r, c)
+    Returns: (n, rows, columns)
     """
+    if X.shape[1] > X.shape[2]:
+        return orthogonalize(X.mT.contiguous()).mT  # fewer products
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT                                                    # (n, r, r)
@@ -181,9 +191,9 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     parameters = [p for p in parameters if p.grad is not None]
     # 0 * inf and 0 * nan are nan: the norm then shows a loss that is not finite, too
     smallest = min(parameters, key=torch.numel)
-    smallest.grad += 0 * loss
+    local_part(smallest.grad).add_(0 * loss)
     max_norm = grad_clip if grad_clip > 0 else float('inf')
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     is_finite = torch.isfinite(norm)
     for optimizer in optimizers.values():
         checks_found_inf = getattr(optimizer, '_step_supports_amp_scaling', False)

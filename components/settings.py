@@ -86,6 +86,7 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
             'compile=reduce-overhead requires gradient_accumulation_steps=1 and no torchrun; set '
             '--compile=True')
     check_processes(s, device_type, ddp, local_world_size)
+    check_fsdp(s, ddp, world_size)
     check_output(s)
 
 
@@ -141,6 +142,17 @@ def check_processes(s, device_type, ddp, local_world_size):
         require(local_world_size <= num_gpus or num_gpus == 1,
                 f'{local_world_size} processes on a machine with {num_gpus} GPUs; set '
                 f'--nproc_per_node={num_gpus}')
+
+
+def check_fsdp(s, ddp, world_size):
+    if not s.fsdp:
+        return
+    require(ddp, 'fsdp=True requires several processes: torchrun --standalone --nproc_per_node=N')
+    require(s.dtype != 'float16', 'fsdp=True with dtype=float16 is unsupported; set '
+            '--dtype=bfloat16 or float32')
+    require(s.gradient_accumulation_steps % world_size == 0,
+            f'fsdp=True requires gradient_accumulation_steps={s.gradient_accumulation_steps} to be '
+            f'a multiple of the number of processes, {world_size}')
 
 
 def check_output(s):
