@@ -5,7 +5,7 @@ Trains a GPT: from scratch, from a checkpoint, or from GPT-2's weights; in one p
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=IP --master_port=1234 \\
         train.py config/train_gpt2.py
-    (the same with --node_rank=1 on the other machine; all machines must see the same files)
+    (the same with --node_rank=1 on the other machine, which requires its own data folder alone)
 
 Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
@@ -22,11 +22,11 @@ import torch
 
 from components import distributed, metrics, optim, settings
 from components.checkpoint import Checkpointer
-from components.dataset import gather_windows, open_bin, prefetch
+from components.dataset import check_same_on_all_machines, gather_windows, open_bin, prefetch
 from components.device import choose_device, use_device
 from components.errors import install_excepthook, one_line_errors
 from components.monitor import StepMonitor
-from components.pretrained import find_model, load_model, resolve_init_from
+from components.pretrained import find_model, load_model_everywhere, resolve_init_from
 from components.signals import StopSignal
 from components.tokenizer import load_meta, tokenizer_record
 from model import GPT
@@ -124,6 +124,8 @@ with one_line_errors():
     vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded to a multiple of 64
     splits = ('train', eval_split)
     data = {split: open_bin(dataset, split, block_size, vocab_size) for split in splits}
+    tokenizer = tokenizer_record(meta)
+    check_same_on_all_machines(data, dataset, tokenizer)
 
     resolved = resolve_init_from(init_from, out_dir, eval_only, job)
     source = find_model(resolved, out_dir, best=eval_only)
@@ -133,7 +135,7 @@ with one_line_errors():
     if source.kind == 'scratch':
         model = GPT(settings.new_model_config(config, vocab_size))
     else:
-        model, checkpoint = load_model(source, dropout)
+        model, checkpoint = load_model_everywhere(source, dropout)
     settings.check_fit(model, source, checkpoint, data, meta, config)
 
 if block_size < model.config.block_size:
@@ -144,7 +146,6 @@ optimizers = optim.configure_optimizers(
     raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
-tokenizer = tokenizer_record(meta)
 checkpointer = Checkpointer(config, raw_model, optimizers, scaler, tokenizer,
                             job=job.name, print_master=print_master, is_master=master_process)
 progress = {'tokens': 0, 'seconds': 0.0, 'loss': None}  # of training, over all resumes

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from components.distributed import broadcast, gather_to_master, shard_like
+from components.distributed import broadcast, gather_to_master, receive, shard_like
 from components.errors import UserError
 from components.files import check_free_space, whole_file
 from components.optim import MOMENTS
@@ -295,7 +295,7 @@ def fitting_moment(tensor, p):
     tensor = tensor[:len(p)].clone()
     if tensor.shape != p.shape:
         raise ValueError(f'moment {tuple(tensor.shape)} of a parameter {tuple(p.shape)}')
-    return shard_like(tensor, p)
+    return shard_like(receive(tensor), p)
 
 # -----------------------------------------------------------------------------
 # a run

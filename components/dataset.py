@@ -5,11 +5,13 @@ uint16.
 Not here: tokenizers and meta.pkl (tokenizer.py), how texts become bins (text_to_bins.py), which
 windows an iteration reads (train.py).
 """
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from components.device import use_device
+from components.distributed import broadcast
 from components.errors import UserError
 from components.tokenizer import DATA_DIR
 
@@ -73,9 +75,42 @@ def looks_like_wider_integers(ids):
 
 
 def largest_id(ids):
-    """ The largest token id in 64 samples of 1024 tokens; a large file would take minutes. """
+    """ The largest token id in samples of a file; a large one would take minutes. """
+    return max(int(sample.max()) for sample in samples_of(ids))
+
+
+def samples_of(ids):
+    """ 64 samples of 1024 tokens, evenly spaced. """
     starts = np.linspace(0, len(ids) - 1, 64, dtype=np.int64)
-    return max(int(ids[start:start + 1024].max()) for start in starts)
+    return [ids[start:start + 1024] for start in starts]
+
+
+def check_same_on_all_machines(data, dataset, tokenizer):
+    """
+    Raises UserError if a split, or the tokenizer, is another on this machine than on the first: its
+    size, or a checksum of samples, as a large file would take minutes.
+
+    Args:
+        data: {split: token ids}
+        dataset: its name
+        tokenizer: its record, or None
+    """
+    checksums = {'meta.pkl': checksum([repr(tokenizer).encode()])}
+    for split, ids in data.items():
+        checksums[f'{split}.bin'] = (len(ids), checksum(samples_of(ids)))
+    of_first_process = broadcast(checksums)
+    for name, value in checksums.items():
+        if value != of_first_process[name]:
+            raise UserError(f'{DATA_DIR / dataset / name} on this machine differs from that on the '
+                            'first; every machine requires the same data folder')
+
+
+def checksum(parts):
+    """ SHA-256 of the bytes of `parts` one after another. """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def gather_windows(ids, starts, block_size):

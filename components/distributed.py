@@ -81,6 +81,25 @@ def broadcast(value):
     return values[0]
 
 
+def is_first_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def receive(tensor):
+    """
+    The first process's tensor, in the host memory of all processes. Those without it give a tensor
+    of the same shape and dtype, which may be on the meta device.
+    """
+    if not dist.is_initialized():
+        return tensor
+    if not is_first_process():
+        tensor = torch.empty_like(tensor, device='cpu')
+    is_nccl = dist.get_backend() == 'nccl'  # which sends from GPU to GPU
+    sent = tensor.cuda() if is_nccl else tensor.contiguous()
+    dist.broadcast(sent, 0)
+    return sent.cpu()
+
+
 def all_reduce_sum(tensor, device):
     """ The sum of a tensor over all processes, on `device`; unchanged in a single process. """
     if not dist.is_initialized():

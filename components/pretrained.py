@@ -6,7 +6,11 @@ Not here: how the weights are read (checkpoint.py, huggingface.py), and a new mo
 import os
 from typing import NamedTuple
 
+import torch
+from torch.utils._pytree import tree_map
+
 from components.checkpoint import load_checkpoint, load_weights, newest_checkpoint
+from components.distributed import broadcast, is_first_process, receive
 from components.errors import UserError
 from components.huggingface import GPT2_NAMES
 from components.settings import model_config
@@ -100,6 +104,33 @@ def load_model(source, dropout=None, mmap=False):
     model = GPT(model_config(**model_args))
     load_weights(model, checkpoint, source.name)
     return model, checkpoint
+
+
+def load_model_everywhere(source, dropout):
+    """
+    load_model() for a job of several processes, of which the first alone needs the files: the
+    others receive the weights, and the checkpoint with meta tensors for its larger tensors
+    (distributed.receive() gets these).
+    """
+    model = None
+    checkpoint = None
+    config = None
+    if is_first_process():
+        model, checkpoint = load_model(source, dropout)
+        config = model.config
+    config, outline = broadcast((config, tree_map(without_data, checkpoint)))
+    if not is_first_process():
+        model = GPT(config)
+        checkpoint = outline
+    for p in model.parameters():
+        p.data = receive(p.data)
+    return model, checkpoint
+
+
+def without_data(value):
+    """ A meta tensor for a tensor with dimensions; other values as they are. """
+    is_large = isinstance(value, torch.Tensor) and value.dim() > 0
+    return value.to('meta') if is_large else value
 
 
 def load_tokenizer_record(source, model, checkpoint, required=True):
