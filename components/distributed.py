@@ -173,9 +173,10 @@ def shard(model, device, dtype, compile):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         if compile:
-            block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)  # the embeddings and lm_head
+            block.attn.compile()
+            block.mlp.compile()
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)  # gathered together
+    fully_shard(model, mesh=mesh)  # the rest, in float32: embeddings, norms and lm_head
 
 
 def is_sharded(tensor):

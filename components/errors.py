@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def install_excepthook(settings, ddp):
             exit_with(f'out of memory ({text}) with {sizes}; {how_to_save_memory(settings)}')
         if ddp and is_connection_lost(error):
             exit_with(f'another process of this job has ended ({text}); this one does not save')
-        sys.__excepthook__(kind, error, trace)
+        traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         if re.search(UNKNOWN_TOKEN, text):
             print('hint: if the code is unchanged, the data holds a token id outside the model\'s '
                   'vocabulary; prepare the dataset again', file=sys.__stderr__)

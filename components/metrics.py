@@ -352,7 +352,7 @@ class Log:
         self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'],
                                 config=config, resume='allow', id=run_id)
         self.wandb.define_metric('*', step_metric='iter')
-        if tokenizer is None:
+        if tokenizer is None or config['fsdp']:  # this process cannot sample without the others
             return
         try:
             self.tokenizer = get_tokenizer(tokenizer)

@@ -5,9 +5,9 @@ were never killed.
     python tests/kill_and_resume.py --rounds=100 --seed=0
 
 A round is one of several kinds of run: in one process or two; always saving, or only the best; in
-float32, or in float16 with its scaler; some with slow saves, so that kills hit these as well. The
-run is killed one to three times, then left to end. Its checkpoints must be bit-identical to those
-of the same run without kills, and its log.csv the same but for the times.
+float32, or in float16 with its scaler; sharded, with Muon; some with slow saves, so that kills hit
+these as well. The run is killed one to three times, then left to end. Its checkpoints must be
+bit-identical to those of the same run without kills, and its log.csv the same but for the times.
 """
 import csv
 import os
@@ -39,6 +39,7 @@ class Kind(NamedTuple):
 BEST = dict(always_save_checkpoint=False)
 LATEST = dict(always_save_checkpoint=True)
 FLOAT16 = dict(dtype='float16', n_layer=1)
+FSDP = dict(fsdp=True, activation_checkpointing=True, muon_lr=0.02, gradient_accumulation_steps=4)
 KINDS = [
     Kind(1, 0.1, BEST),
     Kind(2, 0, BEST),
@@ -46,6 +47,7 @@ KINDS = [
     Kind(1, 0, {**BEST, **FLOAT16}),
     Kind(1, 0.1, {**LATEST, **FLOAT16}),
     Kind(2, 0.1, LATEST),
+    Kind(2, 0.1, {**BEST, **FSDP}),
 ]
 SETTINGS = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=3,
