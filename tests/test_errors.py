@@ -1,4 +1,5 @@
 """ Errors that a user can put right are one line; every other error keeps its traceback. """
+import io
 import os
 import re
 import signal
@@ -147,6 +148,12 @@ def test_connection_lost(excepthook, capfd):
 def test_connection_lost_by_a_single_process(excepthook, capfd):
     excepthook(RuntimeError('Connection closed by peer'), ddp=False)
     assert 'Traceback' in capfd.readouterr().err
+
+
+def test_traceback_where_torch_has_replaced_stderr(excepthook, capfd, monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', io.StringIO())
+    excepthook(ValueError('a bug'))
+    assert capfd.readouterr().err.startswith('Traceback')
 
 
 def test_bug_keeps_its_traceback(excepthook, capfd):

@@ -345,6 +345,35 @@ def test_initialization():
             assert p.std().item() == pytest.approx(expected_std, rel=0.05), name
 
 
+@pytest.mark.parametrize('newer', [{}, dict(rotary=True, rmsnorm=True, qk_norm=True)], ids=repr)
+def test_activation_checkpointing_changes_no_number(newer):
+    """ Bit for bit, with dropout; and fewer tensors are saved for the backward pass. """
+    config = GPTConfig(block_size=16, vocab_size=40, n_layer=3, n_head=2, n_embd=16, dropout=0.2,
+                       **newer)
+    torch.manual_seed(0)
+    model = GPT(config)
+    idx = torch.randint(40, (2, 17))
+    losses, gradients, saved_bytes = [], [], []
+    for activation_checkpointing in (False, True):
+        model.activation_checkpointing = activation_checkpointing
+        model.zero_grad()
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, loss = model(idx[:, :-1], idx[:, 1:])
+        saved_bytes.append(sum(saved.values()))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert losses[0] == losses[1]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert saved_bytes[1] < saved_bytes[0] / 3
+
+
 def test_configure_optimizers():
     model = small_gpt(bias=True)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')

@@ -175,6 +175,24 @@ def test_compile_without_a_compiler(check, monkeypatch):
         check(compile=True)
 
 
+SHARDED = dict(fsdp=True, ddp=True, world_size=2, gradient_accumulation_steps=4)
+
+
+def test_fsdp(check):
+    check(**SHARDED)
+    check(**SHARDED, dtype='bfloat16')
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(ddp=False), ['several processes', 'torchrun']),
+    (dict(dtype='float16'), ['dtype=float16', '--dtype=bfloat16']),
+    (dict(gradient_accumulation_steps=3), ['gradient_accumulation_steps=3', 'multiple', '2']),
+], ids=repr)
+def test_fsdp_that_is_unsupported(check, change, words):
+    with refused('fsdp=True', *words):
+        check(**{**SHARDED, **change})
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """ Pretends that there is a GPU, with all that torch.compile requires. """
