@@ -251,10 +251,8 @@ def warm_up_ddp_buckets(model, x, y, autocast):
     """
     Runs one backward pass and drops its gradients. After its first backward pass DDP rebuilds its
     buckets, and with them the order of its sums: a resumed run must begin with the order that the
-    interrupted one had. FSDP has no such order.
+    interrupted one had.
     """
-    if not isinstance(model, DDP):
-        return
     with autocast:
         _, loss = model(x, y, return_logits=False)
     loss.backward()

@@ -338,7 +338,7 @@ def test_ddp_wraps_the_compiled_model(monkeypatch, script_globals, dataset):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(distributed, 'init_process_group', lambda *args: distributed.Job())
     monkeypatch.setattr(torch, 'compile', lambda model, **options: Compiled(model))
-    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', FakeDDP)
+    monkeypatch.setattr(distributed, 'DDP', FakeDDP)
     monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
     monkeypatch.setattr('sys.excepthook', None)  # train.py replaces it
     names = script_globals('train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 3,

@@ -134,12 +134,12 @@ def signal_in_forward(monkeypatch):
         forward = model_module.GPT.forward
         calls = []
 
-        def forward_with_signal(self, idx, targets=None):
+        def forward_with_signal(self, *args, **options):
             if self.training:
-                calls.append(idx)
+                calls.append(args)
                 if len(calls) == call:
                     signal.raise_signal(number)
-            return forward(self, idx, targets)
+            return forward(self, *args, **options)
         monkeypatch.setattr(model_module.GPT, 'forward', forward_with_signal)
     return install
 
@@ -177,10 +177,10 @@ def test_signal_during_an_evaluation(dataset, script_globals, monkeypatch, capfd
     """ The evaluation is completed, and an iteration after it. """
     forward = model_module.GPT.forward
 
-    def forward_with_signal(self, idx, targets=None):
+    def forward_with_signal(self, *args, **options):
         if not self.training:
             signal.raise_signal(signal.SIGTERM)
-        return forward(self, idx, targets)
+        return forward(self, *args, **options)
     monkeypatch.setattr(model_module.GPT, 'forward', forward_with_signal)
     with pytest.raises(SystemExit) as stopped:
         script_globals('train.py', **{**SMALL, **LONG, 'dataset': dataset, 'eval_interval': 10})
