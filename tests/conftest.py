@@ -24,6 +24,10 @@ from fake_gpt2 import gpt2  # noqa: F401  a fixture
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tensors are tiny, and two threads would wait for each other
+for name in ('SIGINT', 'SIGHUP'):  # which a shell or nohup may have set to be ignored
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 from components import files  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
