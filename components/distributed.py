@@ -111,15 +111,16 @@ def all_reduce_sum(tensor, device):
 
 def compute_in_parts(function, batch):
     """
-    function(batch), of which each process computes a part.
+    function(batch), of which each process computes a part. Where processes are more than twice as
+    many as rows, each computes all of them: gathering a row from each would take longer.
 
     Args:
         function: of each row by itself, (n, ...) -> (n, ...)
         batch: (N, ...), the same in all processes
     """
-    if not dist.is_initialized():
-        return function(batch)
     N = len(batch)
+    if not dist.is_initialized() or dist.get_world_size() > 2 * N:
+        return function(batch)
     num_processes = dist.get_world_size()
     n = math.ceil(N / num_processes)  # rows for each; the last ones may be computed twice
     rows = (dist.get_rank() * n + torch.arange(n, device=batch.device)) % N

@@ -103,7 +103,7 @@ print(f'computed {{counts}} rows\\n', end='', flush=True)
 """
 
 
-@pytest.mark.parametrize('processes, num_rows', [(2, 3), (4, 2), (6, 1)])
+@pytest.mark.parametrize('processes, num_rows', [(2, 3), (4, 2), (6, 1), (11, 5)])
 def test_processes_share_the_rows_of_a_batch(tmp_path, processes, num_rows):
     script = tmp_path / 'script.py'
     script.write_text(COMPUTES_IN_PARTS)
