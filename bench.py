@@ -7,6 +7,7 @@ what a model of some size needs.
     python bench.py --mode=compare    ratios: dtype, optimizer, data loading, on a GPU torch.compile
     python bench.py --mode=sample     tokens/s, also without a cache and by Hugging Face's generate
     python bench.py --mode=estimate --n_layer=24 --n_head=16 --n_embd=1024
+    python bench.py --mode=estimate --processes=64 --gradient_accumulation_steps=64 --fsdp=True
     python bench.py --profile=True    writes ./bench_log/*.json for chrome://tracing and TensorBoard
 
 Settings are the variables below. Set them with --key=value or in config files; the last one wins.
@@ -63,6 +64,11 @@ rmsnorm = False
 qk_norm = False
 untied = False
 muon_lr = 0.0            # above 0: Muon for the matrices of the blocks
+activation_checkpointing = False  # as in train.py; not in mode sample
+processes = 1            # mode estimate: GPUs, each with a process
+fsdp = False             # mode estimate: as in train.py
+interconnect = 50.0      # mode estimate: GB/s that a GPU sends to others while it receives as much;
+                         # 50 is a network of 400 Gb/s for each GPU, an H100's NVLink has 450
 real_data = True         # read windows of the dataset; False: the same random tokens in every step
 dataset = 'openwebtext'  # folder under data/
 max_new_tokens = 200     # mode sample: of each sample
@@ -124,6 +130,7 @@ def make_step(dtype, compile, muon, read_data):
     """
     torch.manual_seed(seed)
     raw_model = GPT(gpt_config).to(device)
+    raw_model.activation_checkpointing = activation_checkpointing
     learning_rate = 1e-4
     lr_of_muon = learning_rate if muon else 0.0
     optimizers = configure_optimizers(raw_model, 1e-1, learning_rate, (0.9, 0.95), device_type,
@@ -406,8 +413,7 @@ print(f'device: {device}, {dtype}, {describe_compile(compile)}, {torch.get_num_t
 use_device(device, dtype)
 
 if mode == 'estimate':
-    print_estimate(model, batch_size, gradient_accumulation_steps, max_iters, device_type, dtype,
-                   muon_lr)
+    print_estimate(model, config)
 elif mode == 'sample':
     bench_sampling()
 else:

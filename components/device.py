@@ -39,6 +39,25 @@ GPU_PEAKS = {
     'T4': 65e12,
 }
 
+# bytes; where a GPU is sold with several sizes, the smallest
+GPU_MEMORY = {
+    'B200': 180e9,
+    'GH200': 96e9,
+    'H200 NVL': 141e9,
+    'H200': 141e9,
+    'H100 PCIe': 80e9,
+    'H100 NVL': 94e9,
+    'H100': 80e9,
+    'A100': 40e9,
+    'A10G': 24e9,
+    'A10': 24e9,
+    'L40S': 48e9,
+    'L4': 24e9,
+    'V100-PCIE': 16e9,
+    'V100': 16e9,
+    'T4': 16e9,
+}
+
 # -----------------------------------------------------------------------------
 # what this machine can do
 

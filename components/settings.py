@@ -120,13 +120,17 @@ def check_batches(s, world_size):
     require(s.batch_size * s.block_size <= 2**30,
             f'batch_size={s.batch_size} with block_size={s.block_size} would run out of memory; '
             'lower batch_size')
-    require(s.gradient_accumulation_steps >= world_size,
-            f'gradient_accumulation_steps={s.gradient_accumulation_steps} is less than the number '
-            f'of processes, {world_size}; each process requires a micro-batch')
+    check_micro_batches(s, world_size)
     require(s.eval_split == 'val' or s.eval_only,
             f'eval_split={s.eval_split!r} requires --eval_only=True')
     require(s.eval_iters >= 1 or s.eval_iters == -1,
             f'eval_iters={s.eval_iters} must be at least 1, or -1 for the whole split')
+
+
+def check_micro_batches(s, world_size):
+    require(s.gradient_accumulation_steps >= world_size,
+            f'gradient_accumulation_steps={s.gradient_accumulation_steps} is less than the number '
+            f'of processes, {world_size}; each process requires a micro-batch')
 
 
 def check_processes(s, device_type, ddp, local_world_size):
@@ -241,5 +245,12 @@ def check_bench(settings):
     require(s.mode in ('step', 'compare', 'sample', 'estimate'),
             f"mode={s.mode!r} must be 'step', 'compare', 'sample' or 'estimate'")
     require_at_least(s, 1, 'max_new_tokens', 'batch_size', 'gradient_accumulation_steps',
-                     'max_iters')
+                     'max_iters', 'processes')
     require_at_least(s, 0, 'muon_lr')
+    require(0 < s.interconnect < float('inf'),
+            f'interconnect={s.interconnect} must be above 0, in GB/s')
+    if s.mode == 'estimate':
+        require(s.processes > 1 or not s.fsdp,
+                'fsdp=True requires several processes; set --processes=N')
+        check_micro_batches(s, s.processes)
+        check_fsdp(s, ddp=s.processes > 1, world_size=s.processes)

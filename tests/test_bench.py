@@ -10,6 +10,7 @@ import torch
 from conftest import run
 from torch._dynamo.testing import CompileCounter
 
+import model
 from components import device, optim
 from components import settings as settings_module
 from model import GPT, GPTConfig
@@ -132,6 +133,21 @@ def test_fewer_steps_where_they_are_slow(script_globals, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'a step may take 29 s: 1 to warm up and 5 timed instead of 10 and 20' in out
     assert 'median of 5' in out
+
+
+@pytest.mark.parametrize('activation_checkpointing', [False, True])
+def test_activation_checkpointing_of_a_step(script_globals, monkeypatch, activation_checkpointing):
+    blocks = []
+
+    def checkpoint(block, x, rope, use_reentrant):
+        blocks.append(block)
+        return block(x, rope)
+
+    names = script_globals('bench.py', mode='estimate', real_data=False, dtype='float32',
+                           activation_checkpointing=activation_checkpointing, **TINY)
+    monkeypatch.setattr(model, 'checkpoint', checkpoint)
+    names['make_step']('float32', compile=False, muon=False, read_data=False)()
+    assert len(blocks) == (1 if activation_checkpointing else 0)
 
 
 @pytest.fixture

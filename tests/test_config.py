@@ -142,8 +142,9 @@ def commands_in(text):
 
 
 def documented_commands():
-    """ The commands in the README, in config files and in the readmes of datasets. """
-    paths = [ROOT / 'README.md', *CONFIG_FILES, *sorted(ROOT.glob('data/*/readme.md'))]
+    """ The commands in the README, in config files and in the pages about them and datasets. """
+    pages = [*sorted(ROOT.glob('config/*.md')), *sorted(ROOT.glob('data/*/readme.md'))]
+    paths = [ROOT / 'README.md', *CONFIG_FILES, *pages]
     cases = []
     for path in paths:
         for command in commands_in(path.read_text()):

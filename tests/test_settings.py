@@ -516,7 +516,24 @@ def test_modes_of_bench(mode):
     ('gradient_accumulation_steps', 0),
     ('max_iters', 0),
     ('seed', -1),
+    ('processes', 0),
+    ('interconnect', 0.0),
+    ('interconnect', float('inf')),
 ])
 def test_bench_value_out_of_range(name, value):
     with refused(f'{name}={value!r}'):
         check_bench({**default_settings('bench.py'), name: value})
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(fsdp=True), 'fsdp=True requires several processes; set --processes=N'),
+    (dict(processes=41), 'gradient_accumulation_steps=40 is less than the number of processes'),
+    (dict(fsdp=True, processes=3), 'gradient_accumulation_steps=40 to be a multiple'),
+    (dict(fsdp=True, processes=4, dtype='float16'), 'dtype=float16 is unsupported'),
+])
+def test_processes_of_an_estimate(settings, message):
+    """ The rules of train.py; the other modes ignore these settings, which a config may have. """
+    settings = {**default_settings('bench.py'), **settings}
+    check_bench({**settings, 'mode': 'step'})
+    with refused(message):
+        check_bench({**settings, 'mode': 'estimate'})
