@@ -260,8 +260,8 @@ class GPT(nn.Module):
         last_only = targets is None
         x = self.hidden_states(idx, positions, mask, cache, last_only)      # (B, T or 1, C)
         needs_logits = targets is None or return_logits
-        if not needs_logits and is_large(x, self.config.vocab_size):
-            # the same in less memory; who changes logits or loss below changes chunk_loss(), too
+        if not needs_logits and needs_chunked_loss(x, self.config.vocab_size):
+            # the same in less memory; keep chunk_loss() in step with the lines below
             return None, cross_entropy_in_chunks(x, self.lm_head.weight, targets)
         logits = self.lm_head(x)                                        # (B, T or 1, vocab_size)
         if targets is None:
@@ -292,11 +292,12 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             layer_cache = cache[i] if cache else None
             is_last = i == self.config.n_layer - 1
+            arguments = (x, rope, layer_cache, mask, last_only and is_last)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # stores x alone, and computes the block again in the backward pass
-                x = checkpoint(block, x, rope, use_reentrant=False)         # (B, T, C)
+                x = checkpoint(block, *arguments, use_reentrant=False)      # (B, T or 1, C)
             else:
-                x = block(x, rope, layer_cache, mask, last_only and is_last)  # (B, T or 1, C)
+                x = block(*arguments)                                       # (B, T or 1, C)
         return self.transformer.ln_f(x)
 
     def crop_block_size(self, block_size):
@@ -411,7 +412,7 @@ def padding_mask(positions, end, pad):
     return mask[:, None]                                                    # (B, 1, T, end)
 
 
-def is_large(x, vocab_size):
+def needs_chunked_loss(x, vocab_size):
     """
     Whether the logits of x (B, T, C) are so many that the loss is computed in chunks of tokens.
     torch.compile does not need that, as it fuses the operations of the loss.

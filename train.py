@@ -105,7 +105,7 @@ with one_line_errors():
     device_type = device.partition(':')[0]
     backend = distributed.choose_backend(backend, device_type)
     config = {key: globals()[key] for key in config_keys}  # noqa: F821  configurator.py sets it
-    settings.check_train(config, device_type, ddp, world_size, local_world_size)
+    settings.check_train(config, device_type, ddp, world_size, local_world_size, master_process)
 install_excepthook(config, ddp)
 
 if ddp and device_type == 'cuda':
@@ -127,9 +127,11 @@ with one_line_errors():
     tokenizer = tokenizer_record(meta)
     check_same_on_all_machines(data, dataset, tokenizer)
 
-    resolved = resolve_init_from(init_from, out_dir, eval_only, job)
-    source = find_model(resolved, out_dir, best=eval_only)
-    source = distributed.broadcast(source)  # one answer, even if files change meanwhile
+    source = None
+    if master_process:  # other machines do not have its files
+        resolved = resolve_init_from(init_from, out_dir, eval_only, job)
+        source = find_model(resolved, out_dir, best=eval_only)
+    source = distributed.broadcast(source)
     torch.manual_seed(seed)
     checkpoint = None
     if source.kind == 'scratch':
@@ -264,7 +266,7 @@ def estimate_split_loss(split):
         X, Y = read_batch(split, min(index, num_batches - 1))
         with autocast:
             _, loss = eval_model(X.to(device), Y.to(device), return_logits=False)
-        losses.append(loss.float().clone())  # the next batch may overwrite loss
+        losses.append(loss.float().clone())  # CUDA graphs use the memory of loss again
         rows_left = max(0, num_windows - index * batch_size)  # 0: another process has this batch
         num_rows.append(min(batch_size, rows_left))           # without padding
     sums = torch.stack(losses).cpu().double() * torch.tensor(num_rows)
@@ -300,7 +302,7 @@ with one_line_errors():
                       is_resumed=source.kind == 'resume', is_active=master_process)
 
 batches = prefetch(get_batch, training_calls(iter_num), device, dtype)
-if ddp and not eval_only:
+if ddp and not fsdp and not eval_only:
     X, Y = get_batch('train')
     distributed.warm_up_ddp_buckets(model, X, Y, autocast)
 
@@ -348,13 +350,13 @@ while True:
     loss_sum = torch.zeros((), device=device)
     for index in micro_batches:
         X, Y = next(batches)
-        if ddp:  # processes exchange gradients only after their last micro-batch
+        if ddp:  # DDP exchanges gradients only after the last micro-batch, FSDP after each
             model.require_backward_grad_sync = index == micro_batches[-1]
         seed_dropout(iter_num, index)
         with autocast:
             _, loss = model(X.to(device), Y.to(device), return_logits=False)
         loss = loss / gradient_accumulation_steps
-        scaler.scale(loss * world_size).backward()  # DDP averages; this makes it a sum
+        scaler.scale(loss * world_size).backward()  # processes average; this makes it a sum
         loss_sum += loss.detach()
 
     # 6. clip the gradients and step; skip the step if the loss or the gradients are non-finite

@@ -41,7 +41,12 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from components.distributed import broadcast, gather_to_master, receive, shard_like
+from components.distributed import (
+    broadcast,
+    broadcast_tensor,
+    gather_to_master,
+    shard_like,
+)
 from components.errors import UserError
 from components.files import check_free_space, whole_file
 from components.optim import MOMENTS
@@ -95,7 +100,10 @@ def save_checkpoint(path, model, optimizers, is_master=True, **fields):
     checkpoint = tree_map(gather_to_master, checkpoint)
     if not is_master:
         return
+    if not model.config.untied:  # stored once
+        checkpoint['model']['lm_head.weight'] = checkpoint['model']['transformer.wte.weight']
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     interrupted_save = Path(f'{path}.tmp')
     interrupted_save.unlink(missing_ok=True)  # its space may be needed
     check_free_space(path.parent, checkpoint_size(model, optimizers))
@@ -295,7 +303,7 @@ def fitting_moment(tensor, p):
     tensor = tensor[:len(p)].clone()
     if tensor.shape != p.shape:
         raise ValueError(f'moment {tuple(tensor.shape)} of a parameter {tuple(p.shape)}')
-    return shard_like(receive(tensor), p)
+    return shard_like(broadcast_tensor(tensor), p)
 
 # -----------------------------------------------------------------------------
 # a run
@@ -433,8 +441,6 @@ class Checkpointer:
             path, other_path = self.best_path, self.last_path
         error = ''
         try:
-            if self.is_master:
-                os.makedirs(self.out_dir, exist_ok=True)
             save_checkpoint(
                 path, self.model, self.optimizers, self.is_master,
                 iter_num=iter_num,

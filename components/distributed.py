@@ -85,7 +85,7 @@ def is_first_process():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def receive(tensor):
+def broadcast_tensor(tensor):
     """
     The first process's tensor, in the host memory of all processes. Those without it give a tensor
     of the same shape and dtype, which may be on the meta device.
@@ -139,9 +139,9 @@ def parallelize(model, device, dtype, compile, ddp, fsdp):
         device: of this process
         dtype: of the run
         compile: a value for device.compile_model()
-        ddp: whether there are several processes, each with the whole model
-        fsdp: whether each has a part of the parameters instead. A block is gathered where it is
-            computed, in `dtype`
+        ddp: whether torchrun started the script, so that there may be several processes
+        fsdp: whether each has a part of the parameters instead of the whole model. A block is
+            gathered where it is computed, in `dtype`
 
     Returns:
         raw_model: the GPT, on its device, whose parameters the optimizers update
@@ -205,7 +205,10 @@ def gather_to_master(value):
     if is_master:
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.gather(part, parts)
-    return torch.cat(parts)[:len(value)].cpu() if is_master else None
+    if not is_master:
+        return None
+    rows = torch.cat([part.cpu() for part in parts])
+    return rows[:len(value)].clone()
 
 
 def shard_like(tensor, p):
@@ -216,7 +219,7 @@ def shard_like(tensor, p):
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """ A sharded tensor with all its rows; another tensor itself. """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 

@@ -24,7 +24,6 @@ from components.device import (
     peak_flops,
     synchronize,
 )
-from components.distributed import is_sharded
 from components.errors import UserError, script_name
 from components.files import lock_directory, whole_file
 from components.settings import tokens_per_iter
@@ -353,7 +352,7 @@ class Log:
         self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'],
                                 config=config, resume='allow', id=run_id)
         self.wandb.define_metric('*', step_metric='iter')
-        if tokenizer is None:
+        if tokenizer is None or config['fsdp']:  # this process cannot sample without the others
             return
         try:
             self.tokenizer = get_tokenizer(tokenizer)
@@ -377,9 +376,7 @@ class Log:
         if mfu is not None:
             values['mfu'] = mfu * 100
         is_finite = all(math.isfinite(loss) for loss in losses.values())
-        # of a sharded model, this process has only a part
-        can_sample = self.tokenizer is not None and not is_sharded(model.lm_head.weight)
-        if can_sample and is_finite:
+        if self.tokenizer is not None and is_finite:
             import wandb
             rows = [[iter_num, text] for text in self.sample(model, ids)]
             values['samples'] = wandb.Table(['iter', 'text'], rows)

@@ -12,9 +12,9 @@ import torch
 from components.distributed import (
     compute_by_owners,
     compute_in_parts,
+    full_tensor,
     is_sharded,
     local_part,
-    whole,
 )
 
 
@@ -193,7 +193,7 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     smallest = min(parameters, key=torch.numel)
     local_part(smallest.grad).add_(0 * loss)
     max_norm = grad_clip if grad_clip > 0 else float('inf')
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     is_finite = torch.isfinite(norm)
     for optimizer in optimizers.values():
         checks_found_inf = getattr(optimizer, '_step_supports_amp_scaling', False)

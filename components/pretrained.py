@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from components.checkpoint import load_checkpoint, load_weights, newest_checkpoint
-from components.distributed import broadcast, is_first_process, receive
+from components.distributed import broadcast, broadcast_tensor, is_first_process
 from components.errors import UserError
 from components.huggingface import GPT2_NAMES
 from components.settings import model_config
@@ -110,7 +110,7 @@ def load_model_everywhere(source, dropout):
     """
     load_model() for a job of several processes, of which the first alone needs the files: the
     others receive the weights, and the checkpoint with meta tensors for its larger tensors
-    (distributed.receive() gets these).
+    (distributed.broadcast_tensor() gets these).
     """
     model = None
     checkpoint = None
@@ -123,7 +123,7 @@ def load_model_everywhere(source, dropout):
         model = GPT(config)
         checkpoint = outline
     for p in model.parameters():
-        p.data = receive(p.data)
+        p.data = broadcast_tensor(p.data)
     return model, checkpoint
 
 

@@ -66,7 +66,7 @@ def tokens_per_iter(settings):
 # -----------------------------------------------------------------------------
 # train.py
 
-def check_train(settings, device_type, ddp, world_size, local_world_size):
+def check_train(settings, device_type, ddp, world_size, local_world_size, is_master=True):
     """
     The rules for train.py.
 
@@ -75,6 +75,7 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
         device_type: 'cpu', 'cuda' or 'mps'
         ddp: whether torchrun started the script
         world_size, local_world_size: number of processes, and of those on this machine
+        is_master: whether this process writes to out_dir, which may be on its machine alone
     """
     s = SimpleNamespace(**settings)
     check_common(s)
@@ -87,7 +88,11 @@ def check_train(settings, device_type, ddp, world_size, local_world_size):
             '--compile=True')
     check_processes(s, device_type, ddp, local_world_size)
     check_fsdp(s, ddp, world_size)
-    check_output(s)
+    # torch restores the random numbers of dropout on other devices only
+    require(not s.activation_checkpointing or s.dropout == 0 or device_type != 'mps',
+            f'activation_checkpointing=True with dropout={s.dropout} is unsupported on MPS')
+    if is_master:
+        check_output(s)
 
 
 def check_schedule(s):

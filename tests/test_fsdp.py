@@ -179,9 +179,35 @@ checkpoint.check_free_space = check_free_space
 """
 
 
-def test_save_that_fails(tmp_path, dataset, monkeypatch):
-    run_first(FULL_DISK, tmp_path, monkeypatch)
+NO_FOLDER = """
+from pathlib import Path
+def mkdir(self, *args, **kwargs):
+    raise OSError('stale file handle')
+from components import metrics
+open_csv = metrics.Log.open_csv
+def open_csv_and_lose_folder(self, *args):
+    open_csv(self, *args)
+    Path.mkdir = mkdir
+metrics.Log.open_csv = open_csv_and_lose_folder
+"""
+
+
+@pytest.mark.parametrize('code, reason', [
+    (FULL_DISK, 'not enough disk space'),
+    (NO_FOLDER, 'stale file handle'),
+])
+def test_save_that_fails(tmp_path, dataset, monkeypatch, code, reason):
+    run_first(code, tmp_path, monkeypatch)
     settings = {**SMALL, 'dataset': dataset, 'gradient_accumulation_steps': 2, 'fsdp': True}
     out, _ = run('train.py', cwd=tmp_path, processes=2, code=1, **settings)
-    assert out.count('WARNING: nothing was saved: not enough disk space') == 2
-    assert 'NOT SAVED: not enough disk space' in out
+    assert out.count(f'WARNING: nothing was saved: {reason}') == 2
+    assert f'NOT SAVED: {reason}' in out
+
+
+def test_checkpoint_is_as_large_as_that_of_one_process(tmp_path, dataset):
+    """ Tied weights and padding are not stored a second time. """
+    settings = dict(FAITHFUL, n_embd=18)
+    train(tmp_path, dataset, **settings, out_dir='one')
+    train(tmp_path, dataset, **settings, fsdp=True, processes=4)
+    size = (tmp_path / 'out/ckpt.pt').stat().st_size
+    assert size == pytest.approx((tmp_path / 'one/ckpt.pt').stat().st_size, abs=1500)

@@ -608,7 +608,7 @@ def make_log(tmp_path):
     """ make_log(...) -> a Log in `tmp_path`, of 64 tokens per iteration. """
     config = dict(out_dir=str(tmp_path), eval_only=False, eval_split='val', wandb_log=False,
                   wandb_project='project', wandb_run_name='run', gradient_accumulation_steps=1,
-                  batch_size=4, block_size=16)
+                  batch_size=4, block_size=16, fsdp=False)
 
     def make(tokenizer=None, is_active=True, is_resumed=False, **settings):
         return Log({**config, **settings}, 'id', 0, 0, tokenizer, is_resumed, is_active)
@@ -733,12 +733,13 @@ def test_wandb_before_mfu_is_known(make_log, wandb_run, tiny):
     assert 'mfu' not in wandb_run.logged[0]
 
 
-@pytest.mark.parametrize('loss, tokenizer', [
-    pytest.param(math.nan, LETTERS, id='a loss that is not finite'),
-    pytest.param(2.0, None, id='no tokenizer'),
+@pytest.mark.parametrize('loss, tokenizer, fsdp', [
+    pytest.param(math.nan, LETTERS, False, id='a loss that is not finite'),
+    pytest.param(2.0, None, False, id='no tokenizer'),
+    pytest.param(2.0, LETTERS, True, id='a part of a model'),
 ])
-def test_wandb_without_samples(make_log, wandb_run, tiny, loss, tokenizer):
-    log = make_log(tokenizer, wandb_log=True, eval_only=True)
+def test_wandb_without_samples(make_log, wandb_run, tiny, loss, tokenizer, fsdp):
+    log = make_log(tokenizer, wandb_log=True, eval_only=True, fsdp=fsdp)
     log.log_evaluation(3, {'train': 1.0, 'val': loss}, 0.1, 0.3, tiny, torch.arange(20))
     assert set(wandb_run.logged[0]) == {'iter', 'lr', 'mfu', 'train/loss', 'val/loss'}
 

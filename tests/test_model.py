@@ -374,6 +374,16 @@ def test_activation_checkpointing_changes_no_number(newer):
     assert saved_bytes[1] < saved_bytes[0] / 3
 
 
+def test_activation_checkpointing_knows_padding():
+    model = small_gpt(bias=False)
+    idx = torch.randint(model.config.vocab_size, (2, 8))
+    pad = torch.tensor([0, 3])
+    expected, _ = model(idx, pad=pad)
+    model.activation_checkpointing = True
+    logits, _ = model(idx, pad=pad)
+    torch.testing.assert_close(logits, expected)
+
+
 def test_configure_optimizers():
     model = small_gpt(bias=True)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')

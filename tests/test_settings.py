@@ -36,9 +36,10 @@ def check(tmp_path, monkeypatch):
     """ check(name=value, ...) applies the rules for train.py to its defaults with this change. """
     monkeypatch.chdir(tmp_path)
 
-    def apply(device_type='cpu', ddp=False, world_size=1, local_world_size=1, **changes):
+    def apply(device_type='cpu', ddp=False, world_size=1, local_world_size=1, is_master=True,
+              **changes):
         settings = {**default_settings('train.py'), 'backend': 'gloo', **changes}
-        check_train(settings, device_type, ddp, world_size, local_world_size)
+        check_train(settings, device_type, ddp, world_size, local_world_size, is_master)
     return apply
 
 
@@ -191,6 +192,19 @@ def test_fsdp(check):
 def test_fsdp_that_is_unsupported(check, change, words):
     with refused('fsdp=True', *words):
         check(**{**SHARDED, **change})
+
+
+def test_activation_checkpointing_with_dropout_on_mps(check):
+    check(activation_checkpointing=True, device_type='mps')
+    with refused('activation_checkpointing=True', 'dropout=0.1', 'MPS'):
+        check(activation_checkpointing=True, device_type='mps', dropout=0.1)
+
+
+def test_out_dir_of_another_machine(check, tmp_path):
+    (tmp_path / 'out').write_text('a file')
+    check(is_master=False)
+    with refused('out_dir=out is a file'):
+        check()
 
 
 @pytest.fixture
