@@ -143,7 +143,7 @@ with one_line_errors():
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
 model.activation_checkpointing = activation_checkpointing
-raw_model, model, eval_model = distributed.parallelize(model, device, dtype, compile, ddp, fsdp)
+raw_model, model, eval_model = distributed.parallelize(model, device, ddp, config)
 optimizers = optim.configure_optimizers(
     raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -302,7 +302,7 @@ with one_line_errors():
                       is_resumed=source.kind == 'resume', is_active=master_process)
 
 batches = prefetch(get_batch, training_calls(iter_num), device, dtype)
-if ddp and not fsdp and not eval_only:
+if ddp and not eval_only:
     X, Y = get_batch('train')
     distributed.warm_up_ddp_buckets(model, X, Y, autocast)
 
@@ -350,7 +350,7 @@ while True:
     loss_sum = torch.zeros((), device=device)
     for index in micro_batches:
         X, Y = next(batches)
-        if ddp:  # DDP exchanges gradients only after the last micro-batch, FSDP after each
+        if ddp:  # DDP exchanges gradients only after the last micro-batch
             model.require_backward_grad_sync = index == micro_batches[-1]
         seed_dropout(iter_num, index)
         with autocast:

@@ -130,29 +130,27 @@ def compute_in_parts(function, batch):
     return results[:N]
 
 
-def parallelize(model, device, dtype, compile, ddp, fsdp):
+def parallelize(model, device, ddp, config):
     """
     Prepares a model, on the CPU, for training in this process or in several.
 
     Args:
         model: the GPT
         device: of this process
-        dtype: of the run
-        compile: a value for device.compile_model()
         ddp: whether torchrun started the script, so that there may be several processes
-        fsdp: whether each has a part of the parameters instead of the whole model. A block is
-            gathered where it is computed, in `dtype`
+        config: dict of train.py's settings, of which this reads dtype, compile, and fsdp: whether
+            each process has a part of the parameters instead of the whole model
 
     Returns:
         raw_model: the GPT, on its device, whose parameters the optimizers update
         model: what a training step calls
         eval_model: what an evaluation calls
     """
-    if fsdp:
-        shard(model, device, dtype, compile)
+    if config['fsdp']:
+        shard(model, device, config['dtype'], config['compile'])
         return model, model, model
     raw_model = model.to(device)
-    eval_model = compile_model(raw_model, compile)
+    eval_model = compile_model(raw_model, config['compile'])
     if not ddp:
         return raw_model, eval_model, eval_model
     # gradients stay in the buckets that the processes exchange; buffers are constant
@@ -162,8 +160,8 @@ def parallelize(model, device, dtype, compile, ddp, fsdp):
 
 def shard(model, device, dtype, compile):
     """
-    Divides the parameters of a GPT among the processes. Gradients are reduced after every
-    micro-batch, so that no process holds all of them.
+    Divides the parameters of a GPT among the processes. A block is gathered where it is computed.
+    Gradients are reduced after every micro-batch, so that no process holds all of them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -255,8 +253,10 @@ def warm_up_ddp_buckets(model, x, y, autocast):
     """
     Runs one backward pass and drops its gradients. After its first backward pass DDP rebuilds its
     buckets, and with them the order of its sums: a resumed run must begin with the order that the
-    interrupted one had.
+    interrupted one had. FSDP has no buckets.
     """
+    if not isinstance(model, DDP):
+        return
     with autocast:
         _, loss = model(x, y, return_logits=False)
     loss.backward()

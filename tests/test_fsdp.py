@@ -71,6 +71,13 @@ def test_resume_is_bit_identical(tmp_path, dataset):
     assert not differences(tmp_path / 'out', tmp_path / 'uninterrupted')
 
 
+def test_activation_checkpointing_is_bit_identical(tmp_path, dataset):
+    settings = dict(RECIPE, fsdp=True, processes=2)
+    train(tmp_path, dataset, **settings, out_dir='stored')
+    train(tmp_path, dataset, **settings, activation_checkpointing=True)
+    assert not differences(tmp_path / 'out', tmp_path / 'stored')
+
+
 def test_rows_that_cannot_be_divided(tmp_path, dataset):
     """ Matrices of 20 and 60 rows in eight parts: the last process has none of some. """
     settings = dict(RECIPE, n_embd=20, gradient_accumulation_steps=8)
