@@ -139,9 +139,9 @@ def test_fewer_steps_where_they_are_slow(script_globals, monkeypatch, capsys):
 def test_activation_checkpointing_of_a_step(script_globals, monkeypatch, activation_checkpointing):
     blocks = []
 
-    def checkpoint(block, x, rope, use_reentrant):
+    def checkpoint(block, *arguments, use_reentrant):
         blocks.append(block)
-        return block(x, rope)
+        return block(*arguments)
 
     names = script_globals('bench.py', mode='estimate', real_data=False, dtype='float32',
                            activation_checkpointing=activation_checkpointing, **TINY)
