@@ -207,7 +207,8 @@ dist.init_process_group('gloo')
 with Collectives() as measured:
     model = new_model(**settings['model'])
     model.activation_checkpointing = settings['activation_checkpointing']
-    raw_model, model, _ = parallelize(model, 'cpu', dtype, compile=False, ddp=True, fsdp=fsdp)
+    config = dict(dtype=dtype, compile=False, fsdp=fsdp)
+    raw_model, model, _ = parallelize(model, 'cpu', ddp=True, config=config)
     optimizers = configure_optimizers(raw_model, 0.1, 1e-4, (0.9, 0.95), 'cpu', muon_lr, dtype)
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     for iteration in range(2):
