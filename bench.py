@@ -43,7 +43,7 @@ from components.generation import next_tokens, read_tokens
 from components.optim import clip_and_step, configure_optimizers
 from components.quantization import quantize_linears
 from components.settings import check_bench, new_model_config
-from components.static_decoding import StaticDecoder
+from components.static_decoding import make_decoder
 from components.tokenizer import DATA_DIR, load_meta
 from model import GPT
 
@@ -293,9 +293,7 @@ def make_sampler(dtype, int8=False):
     torch.manual_seed(seed)
     model = GPT(gpt_config).eval().to(device)
     quantize_linears(model, getattr(torch, dtype), int8, compile)
-    decoders = dict.fromkeys(BATCH_SIZES)
-    if compile or device_type == 'cuda':  # as in sample.py; one for each B keeps its graph
-        decoders = {B: StaticDecoder(model, compile) for B in BATCH_SIZES}
+    decoders = {B: make_decoder(model, compile) for B in BATCH_SIZES}  # each keeps its graph
     prompt = torch.zeros(1, min(PROMPT_LENGTH, block_size), dtype=torch.long, device=device)
 
     def sample(B, **settings):

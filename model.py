@@ -267,7 +267,9 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits if return_logits else None, loss
+        if not return_logits:
+            logits = None
+        return logits, loss
 
     def hidden_states(self, idx, positions, mask=None, cache=None, last_only=False):
         """

@@ -17,14 +17,14 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from components.device import choose_device, free_memory, use_device
+from components.device import choose_device, describe_compile, free_memory, use_device
 from components.errors import UserError, one_line_errors
 from components.files import whole_file
 from components.generation import complete, group_into_batches, read_prompts
 from components.pretrained import find_model, load_model, load_tokenizer_record
 from components.quantization import quantize_linears
 from components.settings import check_sample
-from components.static_decoding import StaticDecoder
+from components.static_decoding import make_decoder
 from components.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -88,13 +88,10 @@ use_device(device, dtype)
 model.eval().to(device)
 quantize_linears(model, getattr(torch, dtype), quantize == 'int8', compile)
 weights = quantize if quantize else dtype
-compiled = 'compiled' if compile else 'not compiled'
 for line in config_overrides:  # noqa: F821  configurator.py sets it
     print(line)
-print(f'device: {device}, {weights}, {compiled}')
-decoder = None
-if compile or device_type == 'cuda':
-    decoder = StaticDecoder(model, compile)
+print(f'device: {device}, {weights}, {describe_compile(compile)}')
+decoder = make_decoder(model, compile)
 
 
 # 3. sampling

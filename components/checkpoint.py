@@ -41,12 +41,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from components.distributed import (
-    broadcast,
-    broadcast_tensor,
-    gather_to_master,
-    shard_like,
-)
+from components.distributed import broadcast, broadcast_tensor, gather_to_master, shard_like
 from components.errors import UserError
 from components.files import check_free_space, whole_file
 from components.optim import MOMENTS

@@ -194,7 +194,7 @@ def gather_to_master(value):
     """
     if not is_sharded(value):
         return value
-    is_master = dist.get_rank() == 0
+    is_master = is_first_process()
     num_rows = math.ceil(len(value) / dist.get_world_size())  # the last processes may have fewer
     shard = value.to_local()
     part = shard.new_zeros(num_rows, *value.shape[1:])

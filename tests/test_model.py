@@ -353,7 +353,9 @@ def test_activation_checkpointing_changes_no_number(newer):
     torch.manual_seed(0)
     model = GPT(config)
     idx = torch.randint(40, (2, 17))
-    losses, gradients, saved_bytes = [], [], []
+    losses = []
+    gradients = []
+    saved_bytes = []
     for activation_checkpointing in (False, True):
         model.activation_checkpointing = activation_checkpointing
         model.zero_grad()
