@@ -22,8 +22,15 @@ import torch
 
 from components import distributed, metrics, optim, settings
 from components.checkpoint import Checkpointer
-from components.dataset import check_same_on_all_machines, gather_windows, open_bin, prefetch
+from components.dataset import (
+    check_same_on_all_machines,
+    gather_windows,
+    open_bin,
+    prefetch,
+    shuffled_starts,
+)
 from components.device import choose_device, use_device
+from components.ema import EMA
 from components.errors import install_excepthook, one_line_errors
 from components.monitor import StepMonitor
 from components.pretrained import find_model, load_model_everywhere, resolve_init_from
@@ -42,6 +49,7 @@ eval_split = 'val'            # evaluated beside train; with eval_only also anot
 always_save_checkpoint = True  # ckpt.pt is the latest; False: the best, and ckpt_last.pt the latest
 checkpoint_interval = 0       # iterations between saves without an evaluation; 0: none
 max_bad_steps = 10            # skipped updates (NaN or inf) in a row that end the run; 0: never
+early_stopping = 0            # evaluations in a row without a new best that end the run; 0: never
 init_from = 'scratch'         # scratch; resume (from out_dir); auto (resume if possible);
                               # gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face directory;
                               # namespace/name on the hub; or a checkpoint file (only its weights)
@@ -55,6 +63,7 @@ dataset = 'openwebtext'       # folder in data/
 gradient_accumulation_steps = 40  # micro-batches per iteration, over all processes
 batch_size = 12               # sequences per micro-batch
 block_size = 1024             # tokens per sequence
+without_replacement = False   # True: an epoch reads each sequence once; False: at random positions
 # model
 n_layer = 12
 n_head = 12
@@ -75,6 +84,8 @@ weight_decay = 1e-1           # of matrices and embeddings, not of biases and no
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0               # gradients of a larger norm are scaled down to it; 0: never
+ema_decay = 0.0               # above 0, such as 0.99: evaluates and saves an exponential moving
+                              # average of the weights, of which this share stays at each update
 # schedule of the learning rate
 decay_lr = True               # False: constant, without warmup
 warmup_iters = 2000           # iterations of linear warmup
@@ -147,8 +158,9 @@ raw_model, model, eval_model = distributed.parallelize(model, device, ddp, confi
 optimizers = optim.configure_optimizers(
     raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+ema = EMA(raw_model, ema_decay)  # does nothing if ema_decay is 0
 
-checkpointer = Checkpointer(config, raw_model, optimizers, scaler, tokenizer,
+checkpointer = Checkpointer(config, raw_model, optimizers, scaler, ema, tokenizer,
                             job=job.name, print_master=print_master, is_master=master_process)
 progress = {'tokens': 0, 'seconds': 0.0, 'loss': None}  # of training, over all resumes
 if source.kind == 'resume':
@@ -169,16 +181,21 @@ if master_process:
 micro_batches = range(rank, gradient_accumulation_steps, world_size)  # of this process
 
 # the uses of random numbers, each with generators of its own
-TRAINING, EVALUATION, DROPOUT = range(3)
+TRAINING, EVALUATION, DROPOUT, EPOCH = range(4)
 
 
 def get_batch(split, index=0, iter_num=None):
     """
     Reads micro-batch `index` of iteration `iter_num`, or, without it, batch `index` of an
-    evaluation. The windows start at random positions, a function of the arguments and the seed.
+    evaluation. Where the windows start is random, a function of the arguments and the seed.
 
     Returns inputs and targets, int64 (B, T).
     """
+    if without_replacement and iter_num is not None:
+        first_window = (iter_num * gradient_accumulation_steps + index) * batch_size
+        starts = shuffled_starts(
+            len(data[split]), block_size, first_window, batch_size, (seed, EPOCH))
+        return read_windows(split, starts)
     if iter_num is None:
         rng = np.random.default_rng((seed, EVALUATION, split != 'train', index))
     else:
@@ -325,7 +342,7 @@ while True:
     is_due = eval_interval > 0 and iter_num % eval_interval == 0
     should_evaluate = (is_finished or is_due) and not monitor.is_stopping
     if should_evaluate:
-        with timer.paused():
+        with timer.paused(), ema.applied():
             losses = estimate_loss()
             val_loss = losses[eval_split]
             print_master(f'step {iter_num}: train loss {losses["train"]:.4f}, '
@@ -341,8 +358,8 @@ while True:
             checkpointer.save(iter_num, monitor.is_stopping, tokens=log.tokens,
                               seconds=timer.seconds, loss=monitor.latest_loss())
 
-    # 4. end after the last update, or on a signal
-    if is_finished or monitor.is_stopping:
+    # 4. end after the last update, early, or on a signal
+    if is_finished or monitor.is_stopping or checkpointer.should_stop_early(iter_num):
         log.end_iteration(iter_num, timer.seconds, last_loss=monitor.latest_loss())
         break
 
@@ -363,6 +380,7 @@ while True:
     total_loss = monitor.sum_over_processes(loss_sum)
     grad_norm = optim.clip_and_step(
         optimizers, scaler, raw_model.parameters(), total_loss, grad_clip)
+    ema.update(iter_num)
     monitor.record(iter_num, grad_norm)
 
     # 7. log

@@ -5,7 +5,8 @@ one.
 Each is one torch.save of a dict, which any reader of the nanoGPT format can read. Keys of that
 format:
 
-    model           state dict of the GPT; old files may have '_orig_mod.' before every key
+    model           state dict of the GPT, with ema_decay the averaged weights; old files may have
+                    '_orig_mod.' before every key
     optimizer       state dict of AdamW
     model_args      the seven classic fields of GPTConfig; newer fields if not at their defaults
     iter_num        number of updates so far
@@ -15,6 +16,7 @@ format:
 Additional keys, which other readers ignore:
 
     muon            state dict of Muon, if it is used; `optimizer` then has the other parameters
+    training_model  with ema_decay: the weights that training continues from, {name: tensor}
     gelu            the form of GELU, 'exact' if missing; after loading it is among model_args
     tokenizer       record of the dataset's tokenizer (tokenizer.py)
     scaler          state dict of the GradScaler, empty if it was disabled
@@ -67,7 +69,7 @@ def newer_args(config):
     return newer
 
 
-def save_checkpoint(path, model, optimizers, is_master=True, **fields):
+def save_checkpoint(path, model, optimizers, is_master=True, averages=None, **fields):
     """
     Writes a checkpoint to `path` atomically, in the master process. All processes call this, as
     each may have a part of the tensors.
@@ -75,6 +77,7 @@ def save_checkpoint(path, model, optimizers, is_master=True, **fields):
     Args:
         model: the unwrapped GPT; torch.compile and DDP add a prefix to its keys
         optimizers: {name: optimizer}, the names being keys of the checkpoint
+        averages: {name: tensor}, averaged weights of the model, if there are any
         fields: the other keys of the checkpoint
 
     Raises OSError if the disk is full or not writable.
@@ -82,6 +85,9 @@ def save_checkpoint(path, model, optimizers, is_master=True, **fields):
     path = Path(path)
     state = model.state_dict()
     assert 'lm_head.weight' in state, 'save the unwrapped model'
+    if averages:
+        fields['training_model'] = {name: state[name] for name in averages}
+        state.update(averages)
     classic_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
     checkpoint = {
         'model': state,
@@ -101,7 +107,7 @@ def save_checkpoint(path, model, optimizers, is_master=True, **fields):
     path.parent.mkdir(parents=True, exist_ok=True)
     interrupted_save = Path(f'{path}.tmp')
     interrupted_save.unlink(missing_ok=True)  # its space may be needed
-    check_free_space(path.parent, checkpoint_size(model, optimizers))
+    check_free_space(path.parent, checkpoint_size(model, optimizers, averages))
     with whole_file(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
@@ -115,9 +121,11 @@ def to_python_number(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def checkpoint_size(model, optimizers):
+def checkpoint_size(model, optimizers, averages=None):
     """ Bytes of the tensors of a checkpoint. """
     tensors = list(model.parameters())
+    if averages:
+        tensors += averages.values()
     for optimizer in optimizers.values():
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
@@ -199,6 +207,7 @@ def check_format(checkpoint, path):
 
     types = {
         'model': dict,
+        'training_model': dict,
         'model_args': dict,
         'optimizer': dict,
         'muon': dict,
@@ -287,18 +296,37 @@ def fitting_state(optimizer, saved):
             names = set(saved_tensors) - {'step'}
             if saved_tensors and moments is not None and names != set(moments):
                 raise ValueError(f'moments {names}')
-            state[i] = {name: fitting_moment(tensor, p) for name, tensor in saved_tensors.items()}
+            state[i] = {name: fitting_tensor(tensor, p) for name, tensor in saved_tensors.items()}
     return {'state': state, 'param_groups': groups}
 
 
-def fitting_moment(tensor, p):
-    """ A saved moment of the parameter p without rows that p has lost; a step count as it is. """
+def fitting_tensor(tensor, p):
+    """
+    A saved tensor of the parameter p, such as a moment, without rows that p has lost; a step count
+    as it is. Raises ValueError if it is of another shape.
+    """
     if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
         return tensor
     tensor = tensor[:len(p)].clone()
     if tensor.shape != p.shape:
-        raise ValueError(f'moment {tuple(tensor.shape)} of a parameter {tuple(p.shape)}')
+        raise ValueError(f'tensor {tuple(tensor.shape)} of a parameter {tuple(p.shape)}')
     return shard_like(broadcast_tensor(tensor), p)
+
+
+@torch.no_grad()
+def load_training_weights(model, checkpoint, path):
+    """
+    Copies the weights that training continues from into `model`, which has the averaged ones; only
+    a checkpoint of a run with ema_decay has both. Raises UserError if they do not fit.
+    """
+    weights = checkpoint.get('training_model', {})
+    if not weights:
+        return
+    try:
+        for name, p in model.named_parameters():
+            p.copy_(fitting_tensor(weights[name], p))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{path}: training_model does not fit its model_args: {error}') from None
 
 # -----------------------------------------------------------------------------
 # a run
@@ -315,6 +343,7 @@ class Checkpointer:
         model: the bare GPT
         optimizers: {name: optimizer}
         scaler: a torch.amp.GradScaler
+        ema: the EMA of the model's weights
         tokenizer: record of the dataset's tokenizer, or None
         job: name of the torchrun job, or ''
         print_master: prints in one process alone
@@ -335,11 +364,13 @@ class Checkpointer:
     # checkpoint of an earlier run in the same folder.
     MIN_SECONDS_TO_REPLACE = 60
 
-    def __init__(self, config, model, optimizers, scaler, tokenizer, job, print_master, is_master):
+    def __init__(self, config, model, optimizers, scaler, ema, tokenizer, job, print_master,
+                 is_master):
         self.config = config
         self.model = model
         self.optimizers = optimizers
         self.scaler = scaler
+        self.ema = ema
         self.tokenizer = tokenizer
         self.job = job
         self.print_master = print_master
@@ -362,13 +393,16 @@ class Checkpointer:
 
     def resume(self, checkpoint, path):
         """
-        Continues the run of a checkpoint, loaded from `path`: loads its optimizers and scaler.
+        Continues the run of a checkpoint, loaded from `path`: loads its optimizers and scaler, and
+        the weights that training continues from, if the model has averaged ones.
 
         Returns what training has done so far: {'tokens', 'seconds', 'loss'}.
         """
         load_optimizers(self.optimizers, checkpoint, path)
         if self.scaler.is_enabled() and checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
+        if not self.config['eval_only']:
+            load_training_weights(self.model, checkpoint, path)
         self.run_id = checkpoint.get('run_id', self.run_id)
         self.owns_files = True
         self.first_iter = checkpoint['iter_num']
@@ -398,6 +432,20 @@ class Checkpointer:
         if self.is_best:
             self.best_val_loss = val_loss
             self.best_val_iter = iter_num
+
+    def should_stop_early(self, iter_num):
+        """
+        Whether the evaluation after `iter_num` updates is the last of early_stopping evaluations
+        without a new best. They are counted by iterations, so that a resumed run counts the same.
+        """
+        patience = self.config['early_stopping']
+        if patience == 0 or self.evaluated_iter != iter_num:
+            return False
+        best_iter = self.best_val_iter
+        if best_iter is None:  # unknown, or no evaluation was finite
+            best_iter = self.first_iter
+        interval = self.config['eval_interval']
+        return iter_num // interval - best_iter // interval >= patience
 
     def should_save(self, iter_num, is_stopping, num_skipped_steps):
         """
@@ -437,7 +485,7 @@ class Checkpointer:
         error = ''
         try:
             save_checkpoint(
-                path, self.model, self.optimizers, self.is_master,
+                path, self.model, self.optimizers, self.is_master, self.ema.averages,
                 iter_num=iter_num,
                 best_val_loss=self.best_val_loss,
                 best_val_iter=self.best_val_iter,

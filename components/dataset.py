@@ -7,6 +7,7 @@ windows an iteration reads (train.py).
 """
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 
@@ -125,6 +126,36 @@ def gather_windows(ids, starts, block_size):
     """
     offsets = np.arange(block_size + 1)
     return ids[starts[:, None] + offsets].astype(np.int64)
+
+
+def shuffled_starts(num_tokens, block_size, first, count, seed):
+    """
+    Where the windows `first` to `first + count - 1` of training without replacement start. An epoch
+    reads adjacent windows, each once, in random order. Where the first of them starts is random,
+    too: at most two windows at the ends of the text are missing.
+
+    Args:
+        num_tokens: of the text
+        first: a window's number since the beginning of training
+        seed: a tuple of ints
+
+    Returns: int64 (count,)
+    """
+    windows_per_epoch = max(1, (num_tokens - 1) // block_size - 1)
+    starts = []
+    for number in range(first, first + count):
+        epoch, place = divmod(number, windows_per_epoch)
+        offset, order = epoch_order(num_tokens, block_size, windows_per_epoch, seed, epoch)
+        starts.append(offset + order[place] * block_size)
+    return np.array(starts)
+
+
+@lru_cache(maxsize=2)  # a batch may belong to two epochs
+def epoch_order(num_tokens, block_size, num_windows, seed, epoch):
+    """ Where the first window of an epoch starts, and the order of its windows. """
+    rng = np.random.default_rng((*seed, epoch))
+    offset = rng.integers(num_tokens - num_windows * block_size)
+    return offset, rng.permutation(num_windows)
 
 
 def prefetch(load, calls, device, dtype):

@@ -217,6 +217,12 @@ def shard_like(tensor, p):
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
+def reshard(model):
+    """ Frees the parameters that FSDP has gathered, for example before they are changed. """
+    if hasattr(model, 'reshard'):
+        model.reshard()
+
+
 def full_tensor(tensor):
     """ A sharded tensor with all its rows; another tensor itself. """
     return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -172,10 +172,14 @@ def closing_summary(config, checkpointer, iter_num, stopped_by, seconds):
     if num_iters == 0:
         return f'nothing to do: iteration {iter_num} is not below max_iters={config["max_iters"]}'
     duration = timedelta(seconds=round(seconds))
+    stopped = ''
+    if checkpointer.should_stop_early(iter_num):
+        stopped = f'stopped early, no new best in {config["early_stopping"]} evaluations: '
     outcome = f'try: python sample.py --out_dir={config["out_dir"]}'
     if checkpointer.error:
         outcome = f'NOT SAVED: {checkpointer.error}'
-    return f'{num_iters:,} iterations in {duration}, {checkpointer.best_description()}; {outcome}'
+    return (f'{stopped}{num_iters:,} iterations in {duration}, {checkpointer.best_description()}; '
+            f'{outcome}')
 
 # -----------------------------------------------------------------------------
 # time

@@ -98,7 +98,9 @@ def check_train(settings, device_type, ddp, world_size, local_world_size, is_mas
 def check_schedule(s):
     require_at_least(s, 0, 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters',
                      'eval_interval', 'log_interval', 'checkpoint_interval', 'max_bad_steps',
-                     'min_lr')
+                     'early_stopping', 'min_lr')
+    require(s.early_stopping == 0 or s.eval_interval > 0,
+            f'early_stopping={s.early_stopping} requires evaluations; set --eval_interval')
     require(0 <= s.learning_rate < float('inf'),
             f'learning_rate={s.learning_rate} must be a number of at least 0')
     if not s.decay_lr:
@@ -113,7 +115,7 @@ def check_schedule(s):
 
 def check_optimizer(s):
     require_at_least(s, 0, 'grad_clip', 'weight_decay', 'muon_lr')
-    for name in ('beta1', 'beta2', 'dropout'):
+    for name in ('beta1', 'beta2', 'dropout', 'ema_decay'):
         value = getattr(s, name)
         require(0 <= value < 1, f'{name}={value} must be at least 0 and below 1')
     require(s.muon_lr == 0 or s.learning_rate > 0,
