@@ -4,7 +4,7 @@ in its format.
 
     python plot.py out-shakespeare-char                        writes out-shakespeare-char/loss.png
     python plot.py out-a out-b --x=seconds --file=losses.svg
-    python plot.py out-a-1,out-a-2,out-a-3 b.csv
+    python plot.py out-a-1,out-a-2,out-a-3 b.csv --line=1.4697
 
 Commas join runs that differ only in the seed into one curve: the mean of their validation losses,
 in a band from the lowest to the highest, at the iterations that all of them evaluated. With
@@ -30,6 +30,7 @@ sys.argv[1:] = [arg for arg in sys.argv[1:] if arg not in arguments]
 
 # -----------------------------------------------------------------------------
 x = 'iter'  # iter, tokens or seconds
+line = 0.0  # a loss to compare with, such as a published one: a dashed line; 0.0: none
 file = ''   # the picture: .png, .svg or .pdf; '': loss.png in the folder of the run, or for several
             # runs or a .csv file in the working directory
 # -----------------------------------------------------------------------------
@@ -116,8 +117,10 @@ def plot_curve(axes, color, curve):
 
 
 def set_loss_limits(axes, curves):
-    """ Limits the y axis to the losses after the steep beginning, if there are any. """
+    """ Limits the y axis to `line` and the losses after the steep beginning, if there are any. """
     shown = []
+    if line != 0:
+        shown.append(line)
     for curve in curves:
         losses = [row['loss'] for row in curve.batches]
         beginning = 1 + len(losses) // 50
@@ -159,6 +162,8 @@ if any(len(curve.losses) > 1 for curve in curves):
     legend_title += '; band: range of the seeds'
 for number, curve in enumerate(curves):
     plot_curve(axes, f'C{number}', curve)
+if line != 0:
+    axes.axhline(line, color='black', linestyle='--', linewidth=1, label=str(line))
 axes.set(xlabel=LABELS[x], ylabel='loss in nats per token', xlim=(0, None))
 set_loss_limits(axes, curves)
 axes.grid(alpha=0.3)

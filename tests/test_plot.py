@@ -175,6 +175,22 @@ def test_picture_of_a_csv_file_is_in_the_working_directory(tmp_path, script_glob
     assert is_png(tmp_path / 'loss.png')
 
 
+@pytest.mark.parametrize('line, limits', [
+    (1.4697, (1.4697 - 0.05 * 2.5303, 4 + 0.05 * 2.5303)),  # below all losses
+    (3.5, (1.9, 4.1)),  # between them
+    (5, (2 - 0.05 * 3, 5 + 0.05 * 3)),
+])
+def test_line(runs, script_globals, line, limits):
+    axes = script_globals('plot.py', 'a', line=line)['axes']
+    batches, evaluations, published = axes.get_lines()
+    assert list(published.get_ydata()) == [line, line]
+    assert list(published.get_xdata()) == [0, 1]
+    assert published.get_transform() == axes.get_yaxis_transform()  # 0 to 1: the whole width
+    assert published.get_linestyle() == '--'
+    assert axes.get_legend().get_texts()[-1].get_text() == str(float(line))
+    assert axes.get_ylim() == pytest.approx(limits)
+
+
 def test_picture_of_one_run_is_in_its_folder(tmp_path, runs, script_globals, capsys):
     script_globals('plot.py', 'a')
     assert is_png(tmp_path / 'a/loss.png')
