@@ -14,6 +14,7 @@ its runs have up to a hyphen, here out-a.
 Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
 import csv
+import math
 import os
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def plot_curve(axes, color, curve):
     num_runs, num_evaluations = curve.losses.shape
     label = curve.name
     if num_evaluations > 0:
-        best = curve.losses.min(axis=1)
+        best = np.fmin.reduce(curve.losses, axis=1)  # ignores NaN
         label += f': best {best.mean():.4f}'
     if num_runs > 1:
         label += f' (mean of {num_runs} seeds)'
@@ -128,6 +129,7 @@ def set_loss_limits(axes, curves):
         if not later:
             later = losses + curve.losses.flatten().tolist()
         shown += later
+    shown = [loss for loss in shown if math.isfinite(loss)]  # a run may have diverged
     lowest = min(shown, default=0)
     highest = max(shown, default=0)
     if highest > lowest:

@@ -191,6 +191,15 @@ def test_line(runs, script_globals, line, limits):
     assert axes.get_ylim() == pytest.approx(limits)
 
 
+def test_run_that_diverged(tmp_path, runs, script_globals):
+    diverged = LOG + '4,256,15,nan,nan\n5,320,17,inf,inf\n'
+    (tmp_path / 'a/log.csv').write_text(diverged)
+    axes = script_globals('plot.py', 'a')['axes']
+    _, evaluations = axes.get_lines()
+    assert evaluations.get_label() == 'a: best 2.0000'
+    assert axes.get_ylim() == pytest.approx((1.9, 4.1))
+
+
 def test_picture_of_one_run_is_in_its_folder(tmp_path, runs, script_globals, capsys):
     script_globals('plot.py', 'a')
     assert is_png(tmp_path / 'a/loss.png')
