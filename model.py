@@ -32,12 +32,13 @@ class GPTConfig:
     gelu: str = 'exact'      # 'tanh' for the weights of GPT-2, which was trained with that form
     # newer than GPT-2
     rotary: bool = False     # rotary position embeddings (RoPE) instead of learned ones
+    rope_base: int = 10000   # of RoPE's frequencies
     rmsnorm: bool = False    # RMSNorm without weights, and one more after the token embedding
     qk_norm: bool = False    # RMSNorm of queries and keys after RoPE (arXiv 2302.05442)
     untied: bool = False     # lm_head and the token embedding have separate weights
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'rope_base'):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f'{name}={value!r} must be an integer of at least 1')
@@ -96,12 +97,13 @@ class TrainableRMSNorm(torch.autograd.Function):
         return torch.addcmul(grad * scale, x, mean * scale**3, value=-1)    # (..., n)
 
 
-def rope_cos_sin(num_positions, head_size):
+def rope_cos_sin(num_positions, head_size, base=10000):
     """
     cos and sin for apply_rope(), each (num_positions, 1, 1, head_size). The last dimension holds
-    every angle twice, and the second half of sin is negated.
+    every angle twice, and the second half of sin is negated. The frequencies are from 1 to nearly
+    1 / base radians per position.
     """
-    frequencies = 10000 ** -(torch.arange(0, head_size, 2) / head_size)     # (hs/2,)
+    frequencies = base ** -(torch.arange(0, head_size, 2) / head_size)     # (hs/2,)
     angles = torch.outer(torch.arange(num_positions), frequencies)          # (T, hs/2) radians
     angles = angles[:, None, None]                                          # (T, 1, 1, hs/2)
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)                   # (T, 1, 1, hs)
@@ -270,7 +272,8 @@ class GPT(nn.Module):
         if not config.untied:
             self.lm_head.weight = self.transformer.wte.weight  # weight tying, arXiv 1608.05859
         if config.rotary:
-            cos, sin = rope_cos_sin(config.block_size, config.n_embd // config.n_head)
+            head_size = config.n_embd // config.n_head
+            cos, sin = rope_cos_sin(config.block_size, head_size, config.rope_base)
             self.register_buffer('cos', cos, persistent=False)
             self.register_buffer('sin', sin, persistent=False)
         self.activation_checkpointing = False  # for training with less memory; see hidden_states()

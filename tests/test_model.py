@@ -201,14 +201,15 @@ def test_model_in_bfloat16():
 # RoPE
 
 
-def test_rope_is_a_rotation_of_complex_numbers():
+@pytest.mark.parametrize('base', [10000, 20])
+def test_rope_is_a_rotation_of_complex_numbers(base):
     head_size = 8
-    cos, sin = rope_cos_sin(16, head_size)
+    cos, sin = rope_cos_sin(16, head_size, base)
     x = torch.randn(3, 16, 2, head_size, generator=torch.Generator().manual_seed(0))
     pairs = torch.complex(x[..., :4], x[..., 4:])                           # (B, T, nh, hs/2)
     for position in range(16):
         for i in range(head_size // 2):
-            angle = position * 10000 ** (-2 * i / head_size)
+            angle = position * base ** (-2 * i / head_size)
             pairs[:, position, :, i] *= complex(math.cos(angle), -math.sin(angle))
     expected = torch.cat((pairs.real, pairs.imag), dim=-1)
     rotated = apply_rope(x, cos[:, 0], sin[:, 0])
@@ -226,6 +227,13 @@ def test_rope_is_relative():
         expected = diagonal[:1].expand_as(diagonal)
         torch.testing.assert_close(diagonal, expected, atol=1e-4, rtol=1e-4)
     assert products[0].std() > 0.1
+
+
+def test_rope_base_of_a_model():
+    model = small_gpt(rotary=True, rope_base=20)
+    cos, sin = rope_cos_sin(16, 8, 20)
+    assert torch.equal(model.cos, cos)
+    assert torch.equal(model.sin, sin)
 
 
 def test_rope_cos_sin_are_not_in_checkpoints():
