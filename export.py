@@ -30,6 +30,7 @@ NANOCHAT_ARGS = ('rotary', 'rmsnorm', 'qk_norm', 'untied')
 def check_architecture(config, path):
     """ Raises UserError if transformers has no model class for this GPTConfig. """
     newer = newer_args(config)
+    newer.pop('rope_base', None)  # a NanoChatConfig has it, too
     is_nanochat = set(newer) == set(NANOCHAT_ARGS) and not config.bias
     if newer and not is_nanochat:
         raise UserError(f'{path} has {", ".join(newer)} and bias={config.bias}; transformers has '

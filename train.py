@@ -72,6 +72,7 @@ dropout = 0.0                 # 0 for pretraining, 0.1 or more for small dataset
 bias = False                  # True: biases in linear layers and layer norms, as in GPT-2
 # newer than GPT-2: config/*_fast.py set these, config/readme.md has ablations
 rotary = False                # rotary position embeddings (RoPE) instead of learned ones
+rope_base = 10000             # of RoPE's frequencies; lower for a short block_size
 rmsnorm = False               # RMSNorm without weights, and one more after the embedding
 qk_norm = False               # normalized queries and keys
 untied = False                # untied embeddings: lm_head and token embedding share no weights

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from components.device import GPU_MEMORY, GPU_PEAKS, peak_flops
 from components.optim import MOMENTS, configure_optimizers
-from model import MAX_LOGITS, loss_chunk_size
+from model import MAX_ATTENTION_MATRIX, MAX_LOGITS, loss_chunk_size
 
 FLOAT32 = 4  # bytes of a number
 ASSUMED_MFU = 0.4  # of a good run on a GPU, while it waits for no other
@@ -192,13 +192,10 @@ def activations_per_layer(config, dtype):
     operations is computed from. For the default architecture and C = n_embd, 64 C in float32 and
     46 C in 16 bits (counted for Megatron in arXiv 2205.05198).
 
-    Autocast keeps the residual stream in float32, and model.py keeps attention in float32 on a CPU.
-    On CUDA attention is in 16 bits, too: 10 C less; and its kernels never store the T x T matrices.
+    Autocast keeps the residual stream in float32.
     """
     C = config.n_embd
-    T = config.block_size
     itemsize = getattr(torch, dtype).itemsize
-    is_16_bit = itemsize < FLOAT32
 
     # the residual stream
     size = FLOAT32 * C              # input of ln_1
@@ -211,7 +208,29 @@ def activations_per_layer(config, dtype):
     size += itemsize * 4 * C        # input of GELU, the output of c_fc
     size += itemsize * 4 * C        # input of mlp.c_proj, the output of GELU
 
-    # attention
+    size += attention_activations(config, dtype)
+    if config.dropout > 0:
+        size += itemsize * 2 * C    # dropout masks after attention and MLP
+    return size
+
+
+def attention_activations(config, dtype):
+    """
+    The share of attention in activations_per_layer(). model.py keeps attention in float32 on a CPU,
+    except for short sequences in bfloat16. On CUDA attention is in 16 bits, too: 10 C less than in
+    float32; and its kernels never store the T x T matrices.
+    """
+    C = config.n_embd
+    T = config.block_size
+    itemsize = getattr(torch, dtype).itemsize
+    size = 0
+    if dtype == 'bfloat16' and config.dropout == 0 and T <= MAX_ATTENTION_MATRIX:
+        size += itemsize * 3 * C            # queries, keys and values
+        size += itemsize * config.n_head * T  # attention weights
+        if config.qk_norm:
+            size += FLOAT32 * 2 * C         # queries and keys before RMSNorm
+        return size
+
     size += FLOAT32 * 3 * C         # queries, keys and values, the output of c_attn
     if config.rotary:
         size += FLOAT32 * 2 * C     # queries and keys after RoPE
@@ -221,11 +240,8 @@ def activations_per_layer(config, dtype):
         # with dropout, a CPU has no kernel that recomputes the attention weights: it saves the
         # softmax, the dropout mask and their product
         size += FLOAT32 * 3 * config.n_head * T
-    elif is_16_bit:
+    elif itemsize < FLOAT32:
         size += FLOAT32 * C         # its output; in float32 it is the input of attn.c_proj
-
-    if config.dropout > 0:
-        size += itemsize * 2 * C    # dropout masks after attention and MLP
     return size
 
 

@@ -214,6 +214,7 @@ def to_nanochat(model, vocab_size, end_of_text):
         num_attention_heads=config.n_head,
         max_position_embeddings=config.block_size,
         hidden_act=activation[config.gelu],
+        rope_parameters={'rope_type': 'default', 'rope_theta': config.rope_base},
         final_logit_softcapping=None,
         attention_dropout=config.dropout,
         pad_token_id=None,

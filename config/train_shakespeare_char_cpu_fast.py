@@ -17,9 +17,10 @@ batch_size = 12
 block_size = 64
 
 n_layer = 4
-n_head = 4
+n_head = 2
 n_embd = 128
 rotary = True
+rope_base = 200                 # the default base suits contexts far longer than block_size
 rmsnorm = True
 qk_norm = True
 untied = True
@@ -27,9 +28,9 @@ untied = True
 muon_lr = 0.035                 # peak learning rate of the matrices in the blocks
 learning_rate = 6e-3            # peak learning rate of the token embedding and lm_head
 beta1 = 0.7                     # few iterations: average gradients over fewer of them
-max_iters = 240
-lr_decay_iters = 240            # equal to max_iters
-cooldown_iters = 160            # linear, over the last two thirds
+max_iters = 215
+lr_decay_iters = 215            # equal to max_iters
+cooldown_iters = 143            # linear, over the last two thirds
 min_lr = 3e-4
 warmup_iters = 0                # Muon's update norm does not depend on the gradients' norm
 

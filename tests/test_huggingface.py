@@ -229,6 +229,7 @@ def test_to_gpt2_logits(args, activation):
 @pytest.mark.parametrize('args, activation', [
     pytest.param({}, 'gelu', id='exact'),
     pytest.param(dict(gelu='tanh'), 'gelu_pytorch_tanh', id='tanh'),
+    pytest.param(dict(rope_base=20), 'gelu', id='rope_base'),
 ])
 @torch.no_grad()
 def test_to_nanochat_logits(args, activation):

@@ -8,7 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, apply_rope, padding_mask, rope_cos_sin
+import model as model_module
+from model import (
+    GPT,
+    RMS_NORM_EPS,
+    GPTConfig,
+    KVCache,
+    apply_rope,
+    padding_mask,
+    rms_norm,
+    rope_cos_sin,
+)
 
 RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 ARCHITECTURES = [
@@ -125,8 +135,51 @@ def test_attention_gradients_in_float64(tiny):
     assert torch.autograd.gradcheck(tiny.transformer.h[0].attn.double(), x)
 
 
+@pytest.mark.parametrize('args', ARCHITECTURES)
+def test_attention_by_matrices_equals_scaled_dot_product_attention(args, monkeypatch):
+    """ In bfloat16 on a CPU: as close to float32 as attention in float32 is. """
+    model = small_gpt(**args)
+    idx = random_ids(3, 16)
+    exact = gradients(model, idx, torch.float32)
+    monkeypatch.setattr(model_module, 'MAX_ATTENTION_MATRIX', 16)
+    by_matrices = gradients(model, idx, torch.bfloat16)
+    monkeypatch.setattr(model_module, 'MAX_ATTENTION_MATRIX', 15)
+    by_torch = gradients(model, idx, torch.bfloat16)
+    assert not torch.equal(by_matrices, by_torch)
+    error = (by_matrices - exact).norm() / exact.norm()
+    error_of_torch = (by_torch - exact).norm() / exact.norm()
+    assert error < 1.5 * error_of_torch
+    assert error < 0.05
+
+
+def gradients(model, idx, dtype):
+    """ Those of the mean loss by all parameters, in one vector, computed in `dtype`. """
+    model.zero_grad()
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        _, loss = model(idx, idx)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_rms_norm_with_gradients_equals_that_of_torch():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    grad = torch.randn(3, 5, 8)
+    expected = F.rms_norm(x, (8,), eps=RMS_NORM_EPS)
+    torch.testing.assert_close(rms_norm(x), expected)
+    expected_grad, = torch.autograd.grad(expected, x, grad)
+    x_grad, = torch.autograd.grad(rms_norm(x), x, grad)
+    torch.testing.assert_close(x_grad, expected_grad)
+
+
+@pytest.mark.parametrize('scale', [1, 1e-3], ids=['', 'epsilon matters'])
+def test_rms_norm_gradients_in_float64(scale):
+    x = scale * torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(rms_norm, x, eps=1e-7)
+
+
 def test_autocast_on_a_cpu():
-    """ Attention stays in float32, so the error of bfloat16 is that of the linear layers alone. """
+    """ The error of bfloat16 is small, and gradients are in float32. """
     model = small_gpt(**RECIPE)
     idx = random_ids(3, 16)
     exact, _ = model(idx, idx)
@@ -148,14 +201,15 @@ def test_model_in_bfloat16():
 # RoPE
 
 
-def test_rope_is_a_rotation_of_complex_numbers():
+@pytest.mark.parametrize('base', [10000, 20])
+def test_rope_is_a_rotation_of_complex_numbers(base):
     head_size = 8
-    cos, sin = rope_cos_sin(16, head_size)
+    cos, sin = rope_cos_sin(16, head_size, base)
     x = torch.randn(3, 16, 2, head_size, generator=torch.Generator().manual_seed(0))
     pairs = torch.complex(x[..., :4], x[..., 4:])                           # (B, T, nh, hs/2)
     for position in range(16):
         for i in range(head_size // 2):
-            angle = position * 10000 ** (-2 * i / head_size)
+            angle = position * base ** (-2 * i / head_size)
             pairs[:, position, :, i] *= complex(math.cos(angle), -math.sin(angle))
     expected = torch.cat((pairs.real, pairs.imag), dim=-1)
     rotated = apply_rope(x, cos[:, 0], sin[:, 0])
@@ -173,6 +227,13 @@ def test_rope_is_relative():
         expected = diagonal[:1].expand_as(diagonal)
         torch.testing.assert_close(diagonal, expected, atol=1e-4, rtol=1e-4)
     assert products[0].std() > 0.1
+
+
+def test_rope_base_of_a_model():
+    model = small_gpt(rotary=True, rope_base=20)
+    cos, sin = rope_cos_sin(16, 8, 20)
+    assert torch.equal(model.cos, cos)
+    assert torch.equal(model.sin, sin)
 
 
 def test_rope_cos_sin_are_not_in_checkpoints():

@@ -106,6 +106,22 @@ def test_muon_skips_non_finite_gradients_without_momentum():
     assert not any(state['momentum_buffer'].any() for state in optimizer.state.values())
 
 
+def test_muon_skips_non_finite_gradients_with_momentum():
+    params = matrices()
+    set_gradients(params, seed=1)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.1)
+    optimizer.step()
+    before = copies(params)
+    buffers = [optimizer.state[p]['momentum_buffer'] for p in params]
+    buffers_before = copies(buffers)
+    for p in params:
+        p.grad[0, 0] = math.nan
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all_equal(before, params)
+    assert all_equal(buffers_before, buffers)
+
+
 def test_muon_skips_parameters_without_gradient():
     before = matrices()
     params = matrices()

@@ -64,7 +64,8 @@ NANOGPT_SETTINGS = dict(
     learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0,
     decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5)
 NEWER_SETTINGS = dict(
-    rotary=False, rmsnorm=False, qk_norm=False, untied=False, muon_lr=0.0, cooldown_iters=0)
+    rotary=False, rope_base=10000, rmsnorm=False, qk_norm=False, untied=False, muon_lr=0.0,
+    cooldown_iters=0)
 MACHINE_SETTINGS = dict(backend='auto', device='auto', dtype='auto', compile='auto')
 
 
