@@ -224,9 +224,11 @@ def attention_activations(config, dtype):
     T = config.block_size
     itemsize = getattr(torch, dtype).itemsize
     size = 0
-    if dtype == 'bfloat16' and config.dropout == 0 and T <= MAX_ATTENTION_MATRIX:
+    if dtype == 'bfloat16' and T <= MAX_ATTENTION_MATRIX:
         size += itemsize * 3 * C            # queries, keys and values
         size += itemsize * config.n_head * T  # attention weights
+        if config.dropout > 0:
+            size += itemsize * 2 * config.n_head * T  # their mask, and both multiplied
         if config.qk_norm:
             size += FLOAT32 * 2 * C         # queries and keys before RMSNorm
         return size

@@ -169,11 +169,12 @@ def closing_summary(config, checkpointer, iter_num, stopped_by, seconds):
         else:
             outcome = f'--init_from=resume continues from iteration {checkpointer.saved_iter:,}'
         return f'stopped by {stopped_by} at iteration {iter_num:,}; {outcome}'
-    if num_iters == 0:
+    is_early = checkpointer.should_stop_early(iter_num)
+    if num_iters == 0 and not is_early:
         return f'nothing to do: iteration {iter_num} is not below max_iters={config["max_iters"]}'
     duration = timedelta(seconds=round(seconds))
     stopped = ''
-    if checkpointer.should_stop_early(iter_num):
+    if is_early:
         stopped = f'stopped early, no new best in {config["early_stopping"]} evaluations: '
     outcome = f'try: python sample.py --out_dir={config["out_dir"]}'
     if checkpointer.error:

@@ -5,9 +5,10 @@ were never killed.
     python tests/kill_and_resume.py --rounds=100 --seed=0
 
 A round is one of several kinds of run: in one process or two; always saving, or only the best; in
-float32, or in float16 with its scaler; sharded, with Muon; some with slow saves, so that kills hit
-these as well. The run is killed one to three times, then left to end. Its checkpoints must be
-bit-identical to those of the same run without kills, and its log.csv the same but for the times.
+float32, or in float16 with its scaler; sharded, with Muon; with averaged weights, windows without
+replacement and early stopping; some with slow saves, so that kills hit these as well. The run is
+killed one to three times, then left to end. Its checkpoints must be bit-identical to those of the
+same run without kills, and its log.csv the same but for the times.
 """
 import csv
 import os
@@ -40,6 +41,8 @@ BEST = dict(always_save_checkpoint=False)
 LATEST = dict(always_save_checkpoint=True)
 FLOAT16 = dict(dtype='float16', n_layer=1)
 FSDP = dict(fsdp=True, activation_checkpointing=True, muon_lr=0.02, gradient_accumulation_steps=4)
+AVERAGED = dict(ema_decay=0.9, without_replacement=True, early_stopping=2, eval_interval=2,
+                learning_rate=0.3)  # so high that the run stops early
 KINDS = [
     Kind(1, 0.1, BEST),
     Kind(2, 0, BEST),
@@ -48,6 +51,7 @@ KINDS = [
     Kind(1, 0.1, {**LATEST, **FLOAT16}),
     Kind(2, 0.1, LATEST),
     Kind(2, 0.1, {**BEST, **FSDP}),
+    Kind(1, 0.1, {**BEST, **AVERAGED}),
 ]
 SETTINGS = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=3,
@@ -147,8 +151,8 @@ def checkpoint_differences(a, b):
     x = torch.load(a, weights_only=True)
     y = torch.load(b, weights_only=True)
     found = []
-    keys = ('model', 'optimizer', 'muon', 'scaler', 'iter_num', 'best_val_loss', 'best_val_iter',
-            'tokens', 'loss')
+    keys = ('model', 'training_model', 'optimizer', 'muon', 'scaler', 'iter_num', 'best_val_loss',
+            'best_val_iter', 'tokens', 'loss')
     for key in keys:
         try:
             torch.testing.assert_close(x.get(key), y.get(key), rtol=0, atol=0)

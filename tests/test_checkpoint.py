@@ -17,10 +17,12 @@ from components.checkpoint import (
     Checkpointer,
     load_checkpoint,
     load_optimizers,
+    load_training_weights,
     load_weights,
     newest_checkpoint,
     save_checkpoint,
 )
+from components.ema import EMA
 from components.errors import UserError
 from components.optim import configure_optimizers
 from model import GPT, GPTConfig
@@ -493,6 +495,81 @@ def test_best_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path, best=True) == tmp_path / 'ckpt.pt'
 
 # -----------------------------------------------------------------------------
+# averaged weights
+
+@pytest.fixture
+def averaged(path, tiny, optimizers):
+    """ A checkpoint of `tiny`, with averages of twice its weights -> what torch.load reads. """
+    averages = {name: 2 * p.detach() for name, p in tiny.named_parameters()}
+    save_checkpoint(path, tiny, optimizers, averages=averages, iter_num=3)
+    return read(path)
+
+
+def test_model_is_the_average(averaged, tiny):
+    expected = {name: 2 * weight for name, weight in tiny.state_dict().items()}
+    torch.testing.assert_close(averaged['model'], expected, rtol=0, atol=0)
+
+
+def test_weights_that_training_continues_from(averaged, tiny):
+    weights = {name: p.detach() for name, p in tiny.named_parameters()}
+    torch.testing.assert_close(averaged['training_model'], weights, rtol=0, atol=0)
+    with torch.no_grad():
+        for p in tiny.parameters():
+            p.zero_()
+    load_training_weights(tiny, averaged, 'file')
+    torch.testing.assert_close(dict(tiny.named_parameters()), averaged['training_model'],
+                               rtol=0, atol=0)
+
+
+def test_checkpoint_without_averages_has_no_second_weights(saved, tiny):
+    assert 'training_model' not in saved
+    weights = tiny.state_dict()
+    load_training_weights(tiny, saved, 'file')
+    torch.testing.assert_close(tiny.state_dict(), weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('transformer.h.0.attn.c_attn.weight', torch.zeros(2, 2)),
+    ('transformer.wte.weight', 'text'),
+    ('transformer.wte.weight', None),
+])
+def test_training_weights_that_do_not_fit(averaged, tiny, name, value):
+    averaged['training_model'][name] = value
+    if value is None:
+        del averaged['training_model'][name]
+    message = error_of(load_training_weights, tiny, averaged, 'file')
+    assert message.startswith('file: training_model does not fit')
+
+# -----------------------------------------------------------------------------
+# Checkpointer: when to stop
+
+@pytest.mark.parametrize('best_iter, patience, expected', [
+    (0, 2, 20),
+    (10, 2, 30),
+    (10, 1, 20),
+    (30, 2, 50),
+    (10, 0, None),
+])
+def test_early_stopping(make_checkpointer, best_iter, patience, expected):
+    checkpointer = make_checkpointer(eval_interval=10, early_stopping=patience)
+    stopped = None
+    for iter_num in range(0, 60, 5):
+        if iter_num % 10 == 0:
+            checkpointer.note_evaluation(iter_num, 1 + abs(iter_num - best_iter))
+        if stopped is None and checkpointer.should_stop_early(iter_num):
+            stopped = iter_num
+    assert stopped == expected
+
+
+def test_early_stopping_without_a_finite_evaluation(make_checkpointer):
+    checkpointer = make_checkpointer(eval_interval=10, early_stopping=2)
+    for iter_num in (0, 10):
+        checkpointer.note_evaluation(iter_num, math.nan)
+        assert not checkpointer.should_stop_early(iter_num)
+    checkpointer.note_evaluation(20, math.nan)
+    assert checkpointer.should_stop_early(20)
+
+# -----------------------------------------------------------------------------
 # Checkpointer: when to save
 
 @pytest.fixture
@@ -509,11 +586,13 @@ def make_checkpointer(tmp_path, tiny, optimizers, messages, monkeypatch):
     def make(is_master=True, scaler=None, **settings):
         config = dict(out_dir='out', always_save_checkpoint=False, checkpoint_interval=0,
                       eval_only=False, gradient_accumulation_steps=2, batch_size=3,
-                      block_size=16)
+                      block_size=16, eval_interval=10, early_stopping=0, ema_decay=0.0)
+        config.update(settings)
         if scaler is None:
             scaler = torch.amp.GradScaler('cpu', enabled=False)
-        return Checkpointer({**config, **settings}, tiny, optimizers, scaler, {'kind': 'gpt2'},
-                            'job', messages.append, is_master)
+        ema = EMA(tiny, config['ema_decay'])
+        return Checkpointer(config, tiny, optimizers, scaler, ema, {'kind': 'gpt2'}, 'job',
+                            messages.append, is_master)
     return make
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from components import dataset as dataset_module
-from components.dataset import gather_windows, largest_id, open_bin, prefetch
+from components.dataset import gather_windows, largest_id, open_bin, prefetch, shuffled_starts
 from components.errors import UserError
 
 
@@ -140,6 +140,36 @@ def test_windows_equal_slices():
     windows = gather_windows(ids, np.array([3, 91, 0]), block_size=8)
     assert windows.tolist() == [list(range(1000 + start, 1009 + start)) for start in (3, 91, 0)]
     assert windows.dtype == np.int64
+
+# -----------------------------------------------------------------------------
+# windows without replacement
+
+@pytest.mark.parametrize('num_tokens, num_windows', [(101, 11), (9, 1), (16, 1), (24, 1), (25, 2)])
+def test_an_epoch_reads_each_window_once(num_tokens, num_windows):
+    starts = [shuffled_starts(num_tokens, 8, epoch * num_windows, num_windows, (1337,))
+              for epoch in range(30)]
+    for in_epoch in starts:
+        assert len(in_epoch) == num_windows
+        assert np.all(np.diff(np.sort(in_epoch)) == 8)  # adjacent
+        assert in_epoch.min() >= 0
+        assert in_epoch.max() + 8 < num_tokens  # the last target exists
+    num_left_over = num_tokens - 8 * num_windows
+    assert len({in_epoch.min() for in_epoch in starts}) > num_left_over // 2
+    assert min(in_epoch.min() for in_epoch in starts) == 0
+
+
+def test_windows_are_a_function_of_their_number_and_the_seed():
+    together = shuffled_starts(1000, 8, 0, 500, (1337,))
+    parts = [shuffled_starts(1000, 8, first, 50, (1337,)) for first in range(0, 500, 50)]
+    assert together.tolist() == np.concatenate(parts).tolist()
+    assert together.tolist() != shuffled_starts(1000, 8, 0, 500, (1,)).tolist()
+
+
+def test_epochs_have_different_orders():
+    first = shuffled_starts(1000, 8, 0, 123, (1337,))
+    second = shuffled_starts(1000, 8, 123, 123, (1337,))
+    assert (first - first.min()).tolist() != (second - second.min()).tolist()
+    assert (first - first.min()).tolist() != sorted(first - first.min())
 
 # -----------------------------------------------------------------------------
 # prefetch

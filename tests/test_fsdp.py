@@ -63,6 +63,23 @@ def test_resume_in_other_numbers_of_processes(tmp_path, dataset, single_process)
     assert_equal(losses, evaluations, *expected)
 
 
+def test_averaged_weights(tmp_path, dataset):
+    """ Evaluations alternate between two sets of weights, which FSDP gathers. """
+    settings = dict(RECIPE, ema_decay=0.9, eval_interval=5)
+    expected = train(tmp_path, dataset, **settings, out_dir='one')
+    train(tmp_path, dataset, **{**settings, 'max_iters': 20}, fsdp=True, processes=2)
+    parts = train(tmp_path, dataset, **settings, fsdp=True, processes=2, init_from='resume')
+    losses, evaluations, _ = parts
+    assert losses == pytest.approx({it: expected[0][it] for it in losses}, abs=PRINTED_DIGITS)
+    assert min(losses) == 20
+    for it, pair in evaluations.items():
+        assert pair == pytest.approx(expected[1][it], abs=PRINTED_DIGITS)
+    checkpoint = load_checkpoint(tmp_path / 'out/ckpt.pt')
+    expected_checkpoint = load_checkpoint(tmp_path / 'one/ckpt.pt')
+    for key in ('model', 'training_model'):
+        torch.testing.assert_close(checkpoint[key], expected_checkpoint[key], atol=1e-4, rtol=0)
+
+
 def test_resume_is_bit_identical(tmp_path, dataset):
     settings = dict(RECIPE, fsdp=True, processes=2, activation_checkpointing=True)
     train(tmp_path, dataset, **settings, out_dir='uninterrupted')

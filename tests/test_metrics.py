@@ -70,7 +70,8 @@ CONFIG = dict(
     init_from='scratch', out_dir='out', device='cpu', dtype='float32', compile=False,
     backend='gloo', muon_lr=0.0, eval_only=False, max_iters=12, decay_lr=True, lr_decay_iters=12,
     warmup_iters=2, gradient_accumulation_steps=5, batch_size=225, block_size=16,
-    learning_rate=1e-3, always_save_checkpoint=True, checkpoint_interval=0)
+    learning_rate=1e-3, always_save_checkpoint=True, checkpoint_interval=0,
+    early_stopping=0)
 SCRATCH = ModelSource('scratch', 'scratch')
 
 
@@ -81,7 +82,7 @@ def make_checkpointer(tmp_path, monkeypatch):
 
     def make(optimizers=(), **attributes):
         optimizers = dict(optimizers)
-        checkpointer = Checkpointer(CONFIG, None, optimizers, None, None, '', print, True)
+        checkpointer = Checkpointer(CONFIG, None, optimizers, None, None, None, '', print, True)
         for name, value in attributes.items():
             assert hasattr(checkpointer, name)
             setattr(checkpointer, name, value)

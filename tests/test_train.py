@@ -16,6 +16,7 @@ from conftest import CLASSIC_MODEL_ARGS, ROOT, SMALL, run, train
 from kill_and_resume import differences
 
 from components import metrics
+from components.dataset import shuffled_starts
 
 RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02,
               cooldown_iters=10, dtype='bfloat16')
@@ -118,6 +119,23 @@ def test_evaluation_windows_are_a_function_of_seed_split_and_index(trainer, spli
     starts = np.random.default_rng((1337, 1, number, index)).integers(len(ids) - 16, size=4)
     x, _ = names['get_batch'](split, index)
     assert x.tolist() == windows_of(ids, starts)
+
+
+def test_windows_without_replacement(trainer):
+    """ The windows of consecutive micro-batches follow each other in the order of an epoch. """
+    settings = dict(without_replacement=True, batch_size=2, gradient_accumulation_steps=2)
+    names = trainer(**settings)
+    ids = names['data']['train']
+    x = [names['get_batch']('train', index, iter_num)[0]
+         for iter_num in range(93) for index in (0, 1)]
+    starts = shuffled_starts(6000, 16, 0, 372, (1337, 3))
+    assert torch.cat(x).tolist() == windows_of(ids, starts)
+
+
+def test_evaluation_windows_do_not_depend_on_without_replacement(trainer):
+    expected, _ = trainer()['get_batch']('train', 1)
+    x, _ = trainer(without_replacement=True)['get_batch']('train', 1)
+    assert torch.equal(x, expected)
 
 
 def test_batch_is_the_same_every_time(trainer):
@@ -565,6 +583,7 @@ def test_eval_only_of_a_run_without_a_best_model(trainer, tmp_path):
     pytest.param(dict(dropout=0.2, gradient_accumulation_steps=3), id='float32'),
     pytest.param({**RECIPE, 'dtype': 'float16', 'dropout': 0.1}, id='float16'),
     pytest.param(RECIPE, id='recipe'),
+    pytest.param(dict(ema_decay=0.9, without_replacement=True, dropout=0.2), id='averaged'),
 ])
 def test_resume_is_bit_identical(trainer, tmp_path, capsys, settings):
     trainer(max_iters=20, out_dir='uninterrupted', **settings)
@@ -576,6 +595,48 @@ def test_resume_is_bit_identical(trainer, tmp_path, capsys, settings):
     assert 'iter 10:' in out
     assert 'iter 9:' not in out
     assert differences(tmp_path / 'out', tmp_path / 'uninterrupted') == []
+
+
+def test_evaluation_and_checkpoint_are_of_the_averaged_weights(trainer, tmp_path):
+    names = trainer(max_iters=20, ema_decay=0.9)
+    checkpoint = read_checkpoint(tmp_path / 'out/ckpt.pt')
+    training_model = dict(names['raw_model'].named_parameters())
+    torch.testing.assert_close(checkpoint['training_model'], training_model, rtol=0, atol=0)
+    averages = names['ema'].averages
+    saved = {name: checkpoint['model'][name] for name in averages}
+    torch.testing.assert_close(saved, averages, rtol=0, atol=0)
+    for settings in (dict(), dict(ema_decay=0.9)):
+        evaluated = trainer(init_from='resume', eval_only=True, **settings)
+        assert evaluated['val_loss'] == names['val_loss']
+    without = trainer(max_iters=20)
+    assert without['val_loss'] != names['val_loss']
+
+
+def test_average_does_not_change_training(trainer):
+    expected = trainer(max_iters=20)['raw_model'].state_dict()
+    weights = trainer(max_iters=20, ema_decay=0.9)['raw_model'].state_dict()
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+def test_resume_without_the_average_continues_the_same_training(trainer):
+    expected = trainer(max_iters=20)['raw_model'].state_dict()
+    trainer(max_iters=10, ema_decay=0.9)
+    weights = trainer(max_iters=20, init_from='resume')['raw_model'].state_dict()
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+def test_early_stopping(trainer, tmp_path, capsys):
+    """ A learning rate of 3 makes the model worse; the run is not resumed past its end, either. """
+    settings = dict(max_iters=20, eval_interval=2, early_stopping=3, learning_rate=3.0, min_lr=3.0,
+                    warmup_iters=0, always_save_checkpoint=False)
+    names = trainer(**settings)
+    best_iter = names['checkpointer'].best_val_iter
+    assert names['iter_num'] == best_iter + 6 < 20
+    assert read_checkpoint(tmp_path / 'out/ckpt_last.pt')['iter_num'] == best_iter + 6
+    assert 'stopped early, no new best in 3 evaluations' in capsys.readouterr().out
+    resumed = trainer(**settings, init_from='resume')
+    assert resumed['iter_num'] == best_iter + 6
+    assert 'stopped early, no new best in 3 evaluations' in capsys.readouterr().out
 
 
 def test_auto_without_a_checkpoint(trainer, capsys):
