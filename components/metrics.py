@@ -175,7 +175,7 @@ def closing_summary(config, checkpointer, iter_num, stopped_by, seconds):
     duration = timedelta(seconds=round(seconds))
     stopped = ''
     if is_early:
-        stopped = f'stopped early, no new best in {config["early_stopping"]} evaluations: '
+        stopped = f'stopped early (early_stopping={config["early_stopping"]}): '
     outcome = f'try: python sample.py --out_dir={config["out_dir"]}'
     if checkpointer.error:
         outcome = f'NOT SAVED: {checkpointer.error}'

@@ -41,8 +41,8 @@ BEST = dict(always_save_checkpoint=False)
 LATEST = dict(always_save_checkpoint=True)
 FLOAT16 = dict(dtype='float16', n_layer=1)
 FSDP = dict(fsdp=True, activation_checkpointing=True, muon_lr=0.02, gradient_accumulation_steps=4)
-AVERAGED = dict(ema_decay=0.9, without_replacement=True, early_stopping=2, eval_interval=2,
-                learning_rate=0.3)  # so high that the run stops early
+AVERAGED = dict(ema_decay=0.9, without_replacement=True, early_stopping=1, eval_interval=1,
+                learning_rate=0.05)  # with which the run stops early
 KINDS = [
     Kind(1, 0.1, BEST),
     Kind(2, 0, BEST),

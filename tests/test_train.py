@@ -633,10 +633,10 @@ def test_early_stopping(trainer, tmp_path, capsys):
     best_iter = names['checkpointer'].best_val_iter
     assert names['iter_num'] == best_iter + 6 < 20
     assert read_checkpoint(tmp_path / 'out/ckpt_last.pt')['iter_num'] == best_iter + 6
-    assert 'stopped early, no new best in 3 evaluations' in capsys.readouterr().out
+    assert 'stopped early (early_stopping=3)' in capsys.readouterr().out
     resumed = trainer(**settings, init_from='resume')
     assert resumed['iter_num'] == best_iter + 6
-    assert 'stopped early, no new best in 3 evaluations' in capsys.readouterr().out
+    assert 'stopped early (early_stopping=3)' in capsys.readouterr().out
 
 
 def test_auto_without_a_checkpoint(trainer, capsys):
