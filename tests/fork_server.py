@@ -112,7 +112,8 @@ def run_sitecustomize():
 def exit_code(code):
     """ The exit code of sys.exit(code), after printing a message as Python does. """
     if isinstance(code, str):
-        print(code, file=sys.stderr)
+        # in one write, so that the lines of two processes are not mixed
+        sys.stderr.write(f'{code}\n')
         return 1
     return code or 0
 

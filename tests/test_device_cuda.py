@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from components import device as device_module
-from components import distributed, metrics
+from components import distributed, metrics, optim
 from components import monitor as monitor_module
 from components import settings as settings_module
 from components.device import HostCopy, choose_device, has_kernels, missing_for_compile
@@ -524,6 +524,7 @@ def test_no_value_is_read_in_the_loop(script_globals, dataset, monkeypatch, sett
         if timer.num_iters == 8:
             while_watching.close()
 
+    monkeypatch.setattr(optim, 'CHECK_FOUND_INF', ('cpu',))
     monkeypatch.setattr(HostCopy, 'tolist', lambda host_copy: tolist(host_copy.copy))
     monkeypatch.setattr(metrics.Timer, 'count_iteration', count_and_watch)
     with while_watching:
@@ -554,12 +555,13 @@ class WatchDevices(TorchDispatchMode):
     pytest.param({}, id='faithful'),
     pytest.param(dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True), id='recipe'),
 ])
-def test_update_stays_on_the_device(settings):
+def test_update_stays_on_the_device(monkeypatch, settings):
     """
     The meta device stands for a GPU: the host cannot read its values, and copies to it are seen. A
     GPU would be waited for in both cases. Muon is for all matrices, as the meta device has no fused
     AdamW.
     """
+    monkeypatch.setattr(optim, 'CHECK_FOUND_INF', ('meta',))
     with torch.device('meta'):
         model = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16,
                               bias=False, **settings))
