@@ -1,7 +1,7 @@
 # A model of the size of train_shakespeare_char_cpu.py, which reaches the same loss in less than a
-# tenth of the time. For a lower loss in about the same time, as in config/readme.md, add
-#   --batch_size=24 --max_iters=1900 --lr_decay_iters=1900 --cooldown_iters=1900 --min_lr=0
-#   --muon_lr=0.02
+# twelfth of the time. For a much lower loss in about the same time, as in config/readme.md, add
+#   --block_size=256 --batch_size=6 --rope_base=800 --muon_lr=0.02 --min_lr=0
+#   --max_iters=1500 --lr_decay_iters=1500 --cooldown_iters=1500
 
 out_dir = 'out-shakespeare-char-cpu-fast'
 eval_interval = 250             # above max_iters: only at iteration 0 and after the last

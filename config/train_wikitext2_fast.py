@@ -20,6 +20,7 @@ dataset = 'wikitext2_small'
 gradient_accumulation_steps = 1
 batch_size = 16                 # at equal tokens, 8 sequences have a higher loss
 block_size = 128                # 2,048 tokens per iteration
+without_replacement = True      # random windows miss a third of an epoch's text
 
 n_layer = 4
 n_head = 2
