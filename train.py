@@ -5,7 +5,7 @@ Trains a GPT: from scratch, from a checkpoint, or from GPT-2's weights; in one p
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=IP --master_port=1234 \\
         train.py config/train_gpt2.py
-    (the same with --node_rank=1 on the other machine, which requires its own data folder alone)
+    (the same with --node_rank=1 on the other machine, which needs its own copy of the dataset)
 
 Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
@@ -85,7 +85,7 @@ weight_decay = 1e-1           # of matrices and embeddings, not of biases and no
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0               # gradients of a larger norm are scaled down to it; 0: never
-ema_decay = 0.0               # above 0, such as 0.99: evaluates and saves an exponential moving
+ema_decay = 0.0               # above 0, such as 0.97: evaluates and saves an exponential moving
                               # average of the weights, of which this share stays at each update
 # schedule of the learning rate
 decay_lr = True               # False: constant, without warmup

@@ -8,8 +8,8 @@
 # train_wikitext2_fast.py, about one epoch with sequences of 128 tokens:
 #   python data/custom/prepare.py --source=my.txt --name=mine
 #   python train.py config/train_wikitext2_fast.py --dataset=mine --out_dir=out-mine
-# With another number of tokens in train.bin, which prepare.py prints, add the flags of a row. Its
-# max_iters are one epoch, and lr_decay_iters must equal them.
+# For more tokens in train.bin (prepare.py prints the number), add the flags of a row, which train
+# for one epoch:
 #   260,000 tokens (13.7M parameters): the config as it is. Measured, see config/readme.md
 #   1 million (21.1M): --n_head=3 --n_embd=192
 #       --max_iters=490 --lr_decay_iters=490 --cooldown_iters=340

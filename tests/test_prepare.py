@@ -234,7 +234,8 @@ def test_custom_one_document(tmp_path, prepare, gpt2):
     assert read(tmp_path / 'bins', 'train') == gpt2.encode_ordinary(text[:num_train])
     assert read(tmp_path / 'bins', 'val') == [*gpt2.encode_ordinary(text[num_train:]), 50256]
     data = f'--dataset={tmp_path}/bins --out_dir=out-bins'
-    assert f'python train.py config/train_custom.py {data}\n' in out
+    assert f'python train.py config/train_wikitext2_fast.py {data}\n' in out
+    assert 'config/train_custom.py lists' in out
     assert f'python train.py config/finetune_shakespeare.py --init_from=gpt2 {data}\n' in out
     assert 'overriding: val_fraction = 0.2\n' in out
 
