@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 RMS_NORM_EPS = 1e-6
-MAX_ATTENTION_MATRIX = 512  # tokens; attention that computes all pairs of positions at once
+MAX_ATTENTION_MATRIX = 512  # tokens; up to here, bfloat16 on a CPU uses attend_by_matrices()
 MAX_LOGITS = 2**26  # numbers, 256 MiB in float32; the loss of more is computed in chunks of tokens
 
 
@@ -70,8 +70,9 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x):
     """ RMSNorm without weights (arXiv 1910.07467): (..., n) -> (..., n). """
+    is_precise = x.dtype.itemsize >= 4  # squares in float16 may overflow
     is_compiling = torch.compiler.is_compiling()
-    if x.device.type == 'cpu' and x.requires_grad and not is_compiling:
+    if x.device.type == 'cpu' and x.requires_grad and is_precise and not is_compiling:
         return TrainableRMSNorm.apply(x)
     return F.rms_norm(x, x.shape[-1:], eps=RMS_NORM_EPS)
 
@@ -116,7 +117,8 @@ def dropout_mask(x, p):
     random_numbers = torch.empty(num_random_numbers, dtype=torch.int64)
     random_numbers.random_(-2**63, 2**63 - 1)
     parts = random_numbers.view(torch.int16)[:x.numel()].view(x.shape)  # -2**15 to 2**15 - 1
-    is_kept = parts >= round(p * 2**16) - 2**15
+    threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
+    is_kept = parts >= threshold
     return is_kept.to(x.dtype).mul_(1 / (1 - p))
 
 
@@ -137,8 +139,9 @@ def rope_cos_sin(num_positions, head_size, base=10000):
 def apply_rope(x, cos, sin):
     """
     Rotary position embeddings (RoPE, arXiv 2104.09864): rotates each pair (x[i], x[i + hs/2]) of
-    x (B, T, ..., hs) by minus the angle of its position. The product of a rotated query and a
-    rotated key depends only on the distance between their positions.
+    x (..., hs) by minus the angle of its position; cos and sin broadcast to the shape of x. The
+    product of a rotated query and a rotated key depends only on the distance between their
+    positions.
     """
     swapped_halves = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, swapped_halves, sin)
@@ -159,7 +162,6 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
         self.qk_norm = config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -181,15 +183,15 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))                           # (B, T or 1, C)
 
     def is_short_bfloat16(self, qkv, cache, mask, last_only):
-        """ Whether attend_by_matrices() computes the same as attend(), which is slower here. """
+        """ Whether attend_by_matrices() supports these arguments and is faster than attend(). """
         is_plain = cache is None and mask is None and not last_only
         is_short = qkv.shape[1] <= MAX_ATTENTION_MATRIX
         return qkv.dtype == torch.bfloat16 and is_plain and is_short
 
     def attend_by_matrices(self, qkv, rope):
         """
-        Attention for training in bfloat16 on a CPU, where matrix products in bfloat16 make it two
-        to three times as fast as F.scaled_dot_product_attention: (B, T, 3 * C) -> (B, T, C).
+        Attention without a cache in bfloat16 on a CPU, where matrix products in bfloat16 make it
+        two to three times as fast as F.scaled_dot_product_attention: (B, T, 3 * C) -> (B, T, C).
         """
         B, T, _ = qkv.shape
         qkv = qkv.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
@@ -228,7 +230,7 @@ class CausalSelfAttention(nn.Module):
         is_causal = False  # a single query attends to all keys
         if mask is None and q.shape[2] > 1:  # by an `if`, as torch.compile requires a plain bool
             is_causal = True
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = self.attn_dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p)
         return y.transpose(1, 2).flatten(2)                                 # (B, T or 1, C)

@@ -76,6 +76,8 @@ def read_curve(argument):
     the rows with a training loss. Raises UserError if several runs share no iteration.
     """
     runs = argument.split(',')
+    if Path(argument).exists():  # its name may have a comma
+        runs = [argument]
     if '' in runs:
         raise UserError(f'{argument!r} has a comma without a run; use no spaces')
     logs = [read_log(run) for run in runs]

@@ -21,6 +21,8 @@ Additional keys, which other readers ignore:
     tokenizer       record of the dataset's tokenizer (tokenizer.py)
     scaler          state dict of the GradScaler, empty if it was disabled
     best_val_iter   iteration of best_val_loss
+    evaluated_iter  iteration of the latest evaluation
+    num_evals_without_best  evaluations in a row without a new best
     run_id          the same in both files of a run
     job             name of the torchrun job that wrote the file, or ''
     tokens          number of tokens that training has read
@@ -64,6 +66,8 @@ def newer_args(config):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         is_classic = field.name in MODEL_ARGS or field.name == 'gelu'
+        if field.name == 'rope_base' and not config.rotary:
+            continue  # it has no effect
         if not is_classic and value != field.default:
             newer[field.name] = value
     return newer
@@ -214,6 +218,8 @@ def check_format(checkpoint, path):
         'scaler': dict,
         'config': dict,
         'iter_num': int,
+        'evaluated_iter': (int, type(None)),
+        'num_evals_without_best': int,
         'best_val_loss': (float, int, torch.Tensor),
     }
     for key, expected in types.items():
@@ -354,6 +360,7 @@ class Checkpointer:
         is_best: whether that was the best so far
         best_val_loss: the lowest validation loss so far
         best_val_iter: its iteration; None if unknown
+        num_evals_without_best: evaluations in a row without a new best
         first_iter: the iteration at which this process begins
         saved_iter: iteration of the latest save
         owns_files: whether the checkpoints in out_dir are of this run
@@ -388,6 +395,7 @@ class Checkpointer:
         self.is_best = False
         self.best_val_loss = math.inf
         self.best_val_iter = None
+        self.num_evals_without_best = 0
         self.saved_best = (math.inf, None)  # best_val_loss and best_val_iter on disk
         self.error = ''
 
@@ -410,6 +418,8 @@ class Checkpointer:
         self.best_val_loss = checkpoint['best_val_loss']
         self.best_val_iter = checkpoint.get('best_val_iter')
         self.saved_best = (self.best_val_loss, self.best_val_iter)
+        self.evaluated_iter = checkpoint.get('evaluated_iter')
+        self.num_evals_without_best = checkpoint.get('num_evals_without_best', 0)
         tokens = self.first_iter * tokens_per_iter(self.config)  # for files that lack it
         return {
             'tokens': checkpoint.get('tokens', tokens),
@@ -426,26 +436,26 @@ class Checkpointer:
 
     def note_evaluation(self, iter_num, val_loss):
         """ Keeps the validation loss of the model after `iter_num` updates. """
+        is_counted = iter_num == self.evaluated_iter  # a resumed run evaluates this model again
         self.evaluated_iter = iter_num
         self.val_loss = val_loss
         self.is_best = val_loss < self.best_val_loss
         if self.is_best:
             self.best_val_loss = val_loss
             self.best_val_iter = iter_num
+            self.num_evals_without_best = 0
+        elif not is_counted:
+            self.num_evals_without_best += 1
 
     def should_stop_early(self, iter_num):
         """
         Whether the evaluation after `iter_num` updates is the last of early_stopping evaluations
-        without a new best. They are counted by iterations, so that a resumed run counts the same.
+        in a row without a new best.
         """
         patience = self.config['early_stopping']
         if patience == 0 or self.evaluated_iter != iter_num:
             return False
-        best_iter = self.best_val_iter
-        if best_iter is None:  # unknown, or no evaluation was finite
-            best_iter = self.first_iter
-        interval = self.config['eval_interval']
-        return iter_num // interval - best_iter // interval >= patience
+        return self.num_evals_without_best >= patience
 
     def should_save(self, iter_num, is_stopping, num_skipped_steps):
         """
@@ -489,6 +499,8 @@ class Checkpointer:
                 iter_num=iter_num,
                 best_val_loss=self.best_val_loss,
                 best_val_iter=self.best_val_iter,
+                evaluated_iter=self.evaluated_iter,
+                num_evals_without_best=self.num_evals_without_best,
                 config=self.config,
                 tokenizer=self.tokenizer,
                 scaler=self.scaler.state_dict(),

@@ -1,7 +1,7 @@
 """
 An exponential moving average (EMA) of a model's weights. It averages out the noise of single
-updates, and often has a lower validation loss (Polyak and Juditsky 1992; for neural networks arXiv
-1803.05407).
+updates, so that its validation loss is lower while the learning rate is high. (Equal averages do
+the same: Polyak and Juditsky 1992; for neural networks arXiv 1803.05407.)
 
 Not here: which of the two sets of weights a checkpoint holds under which key (checkpoint.py).
 """
@@ -36,7 +36,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, iter_num):
-        """ Adds the weights after update `iter_num`. The first updates count more. """
+        """
+        Adds the weights after update `iter_num`. The first updates count more, as in TensorFlow's
+        ExponentialMovingAverage with num_updates.
+        """
         if not self.params:
             return
         decay = min(self.decay, (1 + iter_num) / (10 + iter_num))
@@ -48,8 +51,10 @@ class EMA:
     def applied(self):
         """ The model has the averages as its weights within the `with` block. """
         self.swap()
-        yield
-        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
     @torch.no_grad()
     def swap(self):

@@ -78,6 +78,9 @@ def opening_summary(config, source, checkpointer, model, num_train_tokens, num_p
     if num_iters <= 0 or s.eval_only:
         return
     yield from warn_of_short_schedule(s)
+    if s.early_stopping > 0 and s.always_save_checkpoint:
+        yield ('NOTE: early_stopping ends with the latest model in ckpt.pt; '
+               '--always_save_checkpoint=False keeps the best one')
     num_tokens = num_iters * num_tokens_per_iter
     epochs = num_tokens / num_train_tokens
     flops = num_tokens * model.flops_per_token(s.block_size)
@@ -169,13 +172,18 @@ def closing_summary(config, checkpointer, iter_num, stopped_by, seconds):
         else:
             outcome = f'--init_from=resume continues from iteration {checkpointer.saved_iter:,}'
         return f'stopped by {stopped_by} at iteration {iter_num:,}; {outcome}'
-    is_early = checkpointer.should_stop_early(iter_num)
-    if num_iters == 0 and not is_early:
-        return f'nothing to do: iteration {iter_num} is not below max_iters={config["max_iters"]}'
+    max_iters = config['max_iters']
+    patience = config['early_stopping']
+    is_early = checkpointer.should_stop_early(iter_num) and iter_num < max_iters
+    if num_iters == 0 and is_early:
+        return (f'nothing to do: by iteration {iter_num}, early_stopping={patience} evaluations '
+                'had no new best; --early_stopping=0 continues')
+    if num_iters == 0:
+        return f'nothing to do: iteration {iter_num} is not below max_iters={max_iters}'
     duration = timedelta(seconds=round(seconds))
     stopped = ''
     if is_early:
-        stopped = f'stopped early (early_stopping={config["early_stopping"]}): '
+        stopped = f'stopped early (early_stopping={patience}): '
     outcome = f'try: python sample.py --out_dir={config["out_dir"]}'
     if checkpointer.error:
         outcome = f'NOT SAVED: {checkpointer.error}'

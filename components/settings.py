@@ -99,7 +99,7 @@ def check_schedule(s):
     require_at_least(s, 0, 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters',
                      'eval_interval', 'log_interval', 'checkpoint_interval', 'max_bad_steps',
                      'early_stopping', 'min_lr')
-    require(s.early_stopping == 0 or s.eval_interval > 0,
+    require(s.early_stopping == 0 or s.eval_interval > 0 or s.eval_only,
             f'early_stopping={s.early_stopping} requires evaluations; set --eval_interval')
     require(0 <= s.learning_rate < float('inf'),
             f'learning_rate={s.learning_rate} must be a number of at least 0')

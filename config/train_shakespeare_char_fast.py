@@ -15,7 +15,7 @@ dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
 batch_size = 32                 # 8,192 tokens per iteration, 12 epochs in all
 block_size = 256
-without_replacement = True      # every epoch reads all of the text
+without_replacement = True      # every epoch reads nearly all of the text
 
 n_layer = 6
 n_head = 6

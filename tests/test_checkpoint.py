@@ -100,6 +100,13 @@ def test_newer_model_args_are_saved_if_not_at_their_defaults(path):
     assert sorted(read(path)['model_args']) == sorted([*CLASSIC_MODEL_ARGS, 'rotary', 'untied'])
 
 
+@pytest.mark.parametrize('rotary', [False, True])
+def test_rope_base_is_saved_if_it_has_an_effect(path, rotary):
+    sizes = dict(block_size=16, vocab_size=40, n_layer=1, n_head=2, n_embd=16)
+    save_checkpoint(path, GPT(GPTConfig(**sizes, rotary=rotary, rope_base=200)), {})
+    assert ('rope_base' in read(path)['model_args']) == rotary
+
+
 @pytest.mark.parametrize('values', [
     pytest.param(dict(), id='defaults'),
     pytest.param(dict(window=4), id='number'),
@@ -563,11 +570,35 @@ def test_early_stopping(make_checkpointer, best_iter, patience, expected):
 
 def test_early_stopping_without_a_finite_evaluation(make_checkpointer):
     checkpointer = make_checkpointer(eval_interval=10, early_stopping=2)
-    for iter_num in (0, 10):
-        checkpointer.note_evaluation(iter_num, math.nan)
+    checkpointer.note_evaluation(0, math.nan)
+    assert not checkpointer.should_stop_early(0)
+    checkpointer.note_evaluation(10, math.nan)
+    assert checkpointer.should_stop_early(10)
+
+
+def test_early_stopping_while_saves_fail(make_checkpointer, full_disk):
+    """ The best loss becomes that on disk again; each evaluation is better than the last. """
+    checkpointer = make_checkpointer(eval_interval=10, early_stopping=2)
+    full_disk(True)
+    for iter_num in (0, 10, 20, 30):
+        evaluate_and_save(checkpointer, iter_num, 5 - iter_num / 10)
+        assert checkpointer.error
         assert not checkpointer.should_stop_early(iter_num)
-    checkpointer.note_evaluation(20, math.nan)
-    assert checkpointer.should_stop_early(20)
+
+
+@pytest.mark.parametrize('resumed_iter', [0, 10, 20, 30])
+def test_early_stopping_of_a_resumed_run(make_checkpointer, tmp_path, resumed_iter):
+    """ The model that was saved is evaluated again, but counts once. """
+    losses = {0: 3.0, 10: 2.0, 20: 2.5, 30: math.nan, 40: 2.1, 50: 1.0}
+    checkpointer = make_checkpointer(always_save_checkpoint=True, early_stopping=3)
+    for iter_num, val_loss in losses.items():
+        evaluate_and_save(checkpointer, iter_num, val_loss)
+        if iter_num == resumed_iter:
+            path = tmp_path / 'out/ckpt.pt'
+            checkpointer = make_checkpointer(always_save_checkpoint=True, early_stopping=3)
+            checkpointer.resume(read(path), path)
+            checkpointer.note_evaluation(iter_num, val_loss)
+        assert checkpointer.should_stop_early(iter_num) == (iter_num == 40)
 
 # -----------------------------------------------------------------------------
 # Checkpointer: when to save

@@ -43,7 +43,8 @@ def test_defaults_are_those_of_nanogpt(train_defaults):
 def test_what_is_newer_is_off_by_default(train_defaults):
     assert_settings(train_defaults, dict(
         rotary=False, rope_base=10000, rmsnorm=False, qk_norm=False, untied=False, muon_lr=0.0,
-        cooldown_iters=0, eval_split='val', checkpoint_interval=0))
+        cooldown_iters=0, eval_split='val', checkpoint_interval=0, ema_decay=0.0,
+        without_replacement=False, early_stopping=0))
 
 
 def test_device_is_selected_automatically(train_defaults):

@@ -524,6 +524,7 @@ def test_no_value_is_read_in_the_loop(script_globals, dataset, monkeypatch, sett
         if timer.num_iters == 8:
             while_watching.close()
 
+    assert 'cuda' in optim.CHECK_FOUND_INF
     monkeypatch.setattr(optim, 'CHECK_FOUND_INF', ('cpu',))
     monkeypatch.setattr(HostCopy, 'tolist', lambda host_copy: tolist(host_copy.copy))
     monkeypatch.setattr(metrics.Timer, 'count_iteration', count_and_watch)

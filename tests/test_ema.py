@@ -44,6 +44,15 @@ def test_model_has_the_averages_within_the_block(tiny):
     torch.testing.assert_close(ema.averages, averages, rtol=0, atol=0)
 
 
+def test_weights_after_an_error(tiny):
+    ema = EMA(tiny, 0.9)
+    change(tiny)
+    weights = copies(tiny)
+    with pytest.raises(KeyboardInterrupt), ema.applied():
+        raise KeyboardInterrupt
+    torch.testing.assert_close(copies(tiny), weights, rtol=0, atol=0)
+
+
 def test_no_average(tiny):
     ema = EMA(tiny, 0.0)
     change(tiny)

@@ -41,6 +41,7 @@ def save(tmp_path):
     pytest.param(dict(bias=True), 'GPT2LMHeadModel', id='bias'),
     pytest.param(dict(gelu='tanh'), 'GPT2LMHeadModel', id='tanh'),
     pytest.param(RECIPE, 'NanoChatForCausalLM', id='nanochat'),
+    pytest.param(dict(rope_base=200, **RECIPE), 'NanoChatForCausalLM', id='rope_base'),
 ])
 @torch.no_grad()
 def test_an_export_computes_what_the_checkpoint_computes(

@@ -96,7 +96,7 @@ def test_tanh_gelu_is_the_default_of_gpt2(hf_directory):
 def test_dropout_override(hf_directory):
     model = GPT.from_pretrained(str(hf_directory), dict(dropout=0.3))
     assert model.config.dropout == 0.3
-    assert model.transformer.h[0].attn.dropout == 0.3
+    assert model.transformer.h[0].attn.attn_dropout.p == 0.3
     assert GPT.from_pretrained(str(hf_directory)).config.dropout == 0
 
 

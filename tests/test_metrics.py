@@ -229,6 +229,28 @@ def test_closing_summary(make_checkpointer, attributes, expected):
     assert line == expected
 
 
+@pytest.mark.parametrize('iter_num, first_iter, expected', [
+    pytest.param(8, 0, r'stopped early \(early_stopping=2\): 8 iterations', id='early'),
+    pytest.param(12, 0, '12 iterations', id='at the end'),
+    pytest.param(8, 8, 'nothing to do: by iteration 8, .*early_stopping=2.*--early_stopping=0',
+                 id='resumed'),
+    pytest.param(12, 12, 'nothing to do: iteration 12 .*max_iters=12', id='resumed at the end'),
+])
+def test_closing_summary_of_early_stopping(make_checkpointer, iter_num, first_iter, expected):
+    config = {**CONFIG, 'early_stopping': 2}
+    checkpointer = make_checkpointer(config=config, first_iter=first_iter, evaluated_iter=iter_num,
+                                     num_evals_without_best=2)
+    line = metrics.closing_summary(config, checkpointer, iter_num, stopped_by=None, seconds=75.4)
+    assert re.match(expected, line)
+
+
+@pytest.mark.parametrize('patience, always_save, expected', [(3, True, 1), (3, False, 0),
+                                                             (0, True, 0)])
+def test_early_stopping_that_loses_the_best_model(summarize, patience, always_save, expected):
+    lines = summarize(early_stopping=patience, always_save_checkpoint=always_save)
+    assert sum('--always_save_checkpoint=False' in line for line in lines) == expected
+
+
 def test_closing_summary_without_training(make_checkpointer):
     checkpointer = make_checkpointer(first_iter=12)
     line = metrics.closing_summary(CONFIG, checkpointer, 12, stopped_by=None, seconds=75.4)

@@ -12,6 +12,7 @@ import model as model_module
 from model import (
     GPT,
     RMS_NORM_EPS,
+    Dropout,
     GPTConfig,
     KVCache,
     apply_rope,
@@ -122,12 +123,35 @@ def test_dropout_in_each_part_of_a_block(part):
     assert torch.equal(module(x), module(x))
 
 
-def test_dropout_of_attention_weights():
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_dropout_of_attention_weights(dtype):
     model = small_gpt(n_layer=1, dropout=0.5).train()
     attention = model.transformer.h[0].attn
     attention.resid_dropout.eval()
     x = torch.randn(1, 16, 16)
-    assert not torch.equal(attention(x), attention(x))
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert not torch.equal(attention(x), attention(x))
+
+
+@pytest.mark.parametrize('p', [0.1, 0.25, 0.5, 0.9])
+def test_dropout_rate(p):
+    """ Of 999,999 elements the rate is p within 5 standard deviations; the others are scaled. """
+    y = Dropout(p)(torch.ones(999, 1001))
+    is_kept = y != 0
+    assert y[is_kept] == pytest.approx(1 / (1 - p))
+    tolerance = 5 * (p * (1 - p) / y.numel()) ** 0.5
+    assert 1 - is_kept.float().mean().item() == pytest.approx(p, abs=tolerance)
+
+
+def test_dropout_of_nearly_everything():
+    assert Dropout(0.999999)(torch.ones(10_000)).count_nonzero() < 10
+
+
+def test_dropout_is_not_correlated_between_neighbors():
+    """ Four of them share a random number of 64 bits. """
+    is_kept = (Dropout(0.5)(torch.ones(400_000)) != 0).view(-1, 4)
+    correlations = torch.corrcoef(is_kept.T.float()) - torch.eye(4)
+    assert correlations.abs().max() < 5 / 100_000 ** 0.5
 
 
 def test_attention_gradients_in_float64(tiny):

@@ -156,6 +156,13 @@ def test_name_of_a_curve(tmp_path, script_globals, names, expected):
     assert mean.get_label() == f'{expected}: best 2.0000 (mean of 2 seeds)'
 
 
+def test_folder_with_a_comma_in_its_name(tmp_path, script_globals):
+    (tmp_path / 'lr=1,b=2').mkdir()
+    (tmp_path / 'lr=1,b=2/log.csv').write_text(LOG)
+    _, evaluations = script_globals('plot.py', 'lr=1,b=2')['axes'].get_lines()
+    assert evaluations.get_label() == 'lr=1,b=2: best 2.0000'
+
+
 def test_csv_files(tmp_path, script_globals):
     (tmp_path / 'logs').mkdir()
     for name in ('slow', 'fast-1', 'fast-2'):

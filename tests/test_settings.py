@@ -84,6 +84,9 @@ def test_defaults_of_train(check):
     ('log_interval', -1),
     ('checkpoint_interval', -1),
     ('max_bad_steps', -1),
+    ('early_stopping', -1),
+    ('ema_decay', 1.0),
+    ('ema_decay', -0.1),
     ('seed', -1),
     ('seed', 2**63),
 ])
@@ -106,6 +109,8 @@ def test_value_out_of_range(check, name, value):
     ('log_interval', 0),
     ('checkpoint_interval', 0),
     ('max_bad_steps', 0),
+    ('early_stopping', 0),
+    ('ema_decay', 0.0),
     ('seed', 2**63 - 1),
     ('batch_size', 1),
     ('block_size', 1),
@@ -147,6 +152,12 @@ def test_warmup_longer_than_the_schedule_without_cooldown(check):
 def test_muon_without_a_learning_rate_for_adamw(check):
     with refused('muon_lr requires a learning_rate above 0'):
         check(muon_lr=0.02, learning_rate=0.0, min_lr=0.0)
+
+
+def test_early_stopping_requires_evaluations(check):
+    with refused('early_stopping=3 requires evaluations; set --eval_interval'):
+        check(early_stopping=3, eval_interval=0)
+    check(early_stopping=3, eval_interval=0, eval_only=True)
 
 
 def test_fewer_micro_batches_than_processes(check):

@@ -636,7 +636,7 @@ def test_early_stopping(trainer, tmp_path, capsys):
     assert 'stopped early (early_stopping=3)' in capsys.readouterr().out
     resumed = trainer(**settings, init_from='resume')
     assert resumed['iter_num'] == best_iter + 6
-    assert 'stopped early (early_stopping=3)' in capsys.readouterr().out
+    assert 'nothing to do: by iteration' in capsys.readouterr().out
 
 
 def test_auto_without_a_checkpoint(trainer, capsys):
