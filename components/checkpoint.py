@@ -66,9 +66,8 @@ def newer_args(config):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         is_classic = field.name in MODEL_ARGS or field.name == 'gelu'
-        if field.name == 'rope_base' and not config.rotary:
-            continue  # it has no effect
-        if not is_classic and value != field.default:
+        has_no_effect = field.name == 'rope_base' and not config.rotary
+        if not is_classic and not has_no_effect and value != field.default:
             newer[field.name] = value
     return newer
 

@@ -558,7 +558,7 @@ def test_training_weights_that_do_not_fit(averaged, tiny, name, value):
     (10, 0, None),
 ])
 def test_early_stopping(make_checkpointer, best_iter, patience, expected):
-    checkpointer = make_checkpointer(eval_interval=10, early_stopping=patience)
+    checkpointer = make_checkpointer(early_stopping=patience)
     stopped = None
     for iter_num in range(0, 60, 5):
         if iter_num % 10 == 0:
@@ -569,7 +569,7 @@ def test_early_stopping(make_checkpointer, best_iter, patience, expected):
 
 
 def test_early_stopping_without_a_finite_evaluation(make_checkpointer):
-    checkpointer = make_checkpointer(eval_interval=10, early_stopping=2)
+    checkpointer = make_checkpointer(early_stopping=2)
     checkpointer.note_evaluation(0, math.nan)
     assert not checkpointer.should_stop_early(0)
     checkpointer.note_evaluation(10, math.nan)
@@ -578,7 +578,7 @@ def test_early_stopping_without_a_finite_evaluation(make_checkpointer):
 
 def test_early_stopping_while_saves_fail(make_checkpointer, full_disk):
     """ The best loss becomes that on disk again; each evaluation is better than the last. """
-    checkpointer = make_checkpointer(eval_interval=10, early_stopping=2)
+    checkpointer = make_checkpointer(early_stopping=2)
     full_disk(True)
     for iter_num in (0, 10, 20, 30):
         evaluate_and_save(checkpointer, iter_num, 5 - iter_num / 10)
@@ -617,7 +617,7 @@ def make_checkpointer(tmp_path, tiny, optimizers, messages, monkeypatch):
     def make(is_master=True, scaler=None, **settings):
         config = dict(out_dir='out', always_save_checkpoint=False, checkpoint_interval=0,
                       eval_only=False, gradient_accumulation_steps=2, batch_size=3,
-                      block_size=16, eval_interval=10, early_stopping=0, ema_decay=0.0)
+                      block_size=16, early_stopping=0, ema_decay=0.0)
         config.update(settings)
         if scaler is None:
             scaler = torch.amp.GradScaler('cpu', enabled=False)

@@ -106,9 +106,10 @@ def split_characters(paths, num_characters):
 
 def print_next_command():
     flags = f'--dataset={name} --out_dir=out-{Path(name).name}'
-    config = 'train_custom.py' if tokenizer == 'char' else 'train_wikitext2_fast.py'
-    print(f'to train a model: python train.py config/{config} {flags}')
-    if config != 'train_custom.py':
+    if tokenizer == 'char':
+        print(f'to train a model: python train.py config/train_custom.py {flags}')
+    else:
+        print(f'to train a model: python train.py config/train_wikitext2_fast.py {flags}')
         print('for more than 500,000 tokens, config/train_custom.py lists flags of larger models')
     has_model = os.path.exists(os.path.join(tokenizer, 'config.json'))
     if tokenizer == 'gpt2' or has_model:
