@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from components.distributed import local_part, reshard
+from components.distributed import local_part
 
 
 class EMA:
@@ -65,5 +65,5 @@ class EMA:
             old_param = param.clone()
             param.copy_(average)
             average.copy_(old_param)
-        if self.params:
-            reshard(self.model)
+        if hasattr(self.model, 'reshard'):
+            self.model.reshard()

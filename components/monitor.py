@@ -76,7 +76,8 @@ class StepMonitor:
         self.checked_iter, copy = self.reports.pop(0)
         loss, num_signals, grad_norm = copy.tolist()
         self.is_stopping = num_signals > 0
-        if math.isfinite(grad_norm) or self.is_finding_scale(loss):
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if is_finite or self.is_finding_scale(loss):
             self.num_skipped_steps = 0
             return
         self.num_skipped_steps += 1
