@@ -12,7 +12,7 @@ what a model of some size needs.
 
 Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
-import components.openmp  # noqa: F401, I001  it must come before torch
+import components  # noqa: F401, I001  before torch: it sets how CPU threads wait
 
 import itertools
 import os

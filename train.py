@@ -6,7 +6,7 @@ Trains a GPT: from scratch, from a checkpoint, or from GPT-2's weights; in one p
 
 Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
-import components.openmp  # noqa: F401, I001  it must come before torch
+import components  # noqa: F401, I001  before torch: it sets how CPU threads wait
 
 import math
 import os

@@ -4,11 +4,9 @@ The device: which one, in which dtype, compiled or not; its peak FLOP/s and its 
 Not here: processes (distributed.py) and what a model computes (model.py).
 """
 import ctypes
-import os
 import re
 import shutil
 import sys
-import sysconfig
 import time
 from contextlib import nullcontext
 from functools import cache
@@ -17,46 +15,28 @@ from importlib.util import find_spec
 import torch
 
 from components.errors import UserError
-from components.torch_versions import cpu_capabilities
 
-# dense 16-bit FLOP/s with float32 accumulation, from the makers' data sheets; the first match
-# counts
-GPU_PEAKS = {
-    'B200': 2250e12,
-    'GH200': 989e12,
-    'H200 NVL': 836e12,
-    'H200': 989e12,
-    'H100 PCIe': 756e12,
-    'H100 NVL': 835e12,
-    'H100': 989e12,
-    'A100': 312e12,
-    'A10G': 70e12,
-    'A10': 125e12,
-    'L40S': 362e12,
-    'L4': 121e12,
-    'V100-PCIE': 112e12,
-    'V100': 125e12,
-    'T4': 65e12,
+# dense 16-bit FLOP/s with float32 accumulation, and bytes of memory, from the makers' data sheets;
+# the first name that matches counts, and the smallest of several sizes of memory
+GPUS = {
+    'B200': (2250e12, 180e9),
+    'GH200': (989e12, 96e9),
+    'H200 NVL': (836e12, 141e9),
+    'H200': (989e12, 141e9),
+    'H100 PCIe': (756e12, 80e9),
+    'H100 NVL': (835e12, 94e9),
+    'H100': (989e12, 80e9),
+    'A100': (312e12, 40e9),
+    'A10G': (70e12, 24e9),
+    'A10': (125e12, 24e9),
+    'L40S': (362e12, 48e9),
+    'L4': (121e12, 24e9),
+    'V100-PCIE': (112e12, 16e9),
+    'V100': (125e12, 16e9),
+    'T4': (65e12, 16e9),
 }
-
-# bytes; where a GPU is sold with several sizes, the smallest
-GPU_MEMORY = {
-    'B200': 180e9,
-    'GH200': 96e9,
-    'H200 NVL': 141e9,
-    'H200': 141e9,
-    'H100 PCIe': 80e9,
-    'H100 NVL': 94e9,
-    'H100': 80e9,
-    'A100': 40e9,
-    'A10G': 24e9,
-    'A10': 24e9,
-    'L40S': 48e9,
-    'L4': 24e9,
-    'V100-PCIE': 16e9,
-    'V100': 16e9,
-    'T4': 16e9,
-}
+GPU_PEAKS = {name: peak for name, (peak, _) in GPUS.items()}
+GPU_MEMORY = {name: memory for name, (_, memory) in GPUS.items()}
 
 # -----------------------------------------------------------------------------
 # what this machine can do
@@ -68,70 +48,39 @@ def has_fbgemm(device_type):
 
 def has_bfloat16():
     """ Whether this CPU multiplies in bfloat16, about twice as fast as in float32. """
-    capabilities = cpu_capabilities()
+    if not hasattr(torch.cpu, 'get_capabilities'):  # torch 2.9
+        return torch.cpu._is_avx512_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
 
 
 def missing_for_compile(device_type):
     """
     What torch.compile requires on this device and is not installed, for messages; '' if nothing.
-    On a CPU the compiler builds the kernels; on a GPU Triton does, and the compiler what starts
+    On a CPU a C++ compiler builds the kernels; on a GPU Triton does, and a C compiler what starts
     them.
     """
     if device_type != 'cuda':
-        names = ['cl'] if os.name == 'nt' else ['c++', 'g++', 'clang++']
-        return '' if has_program('CXX', *names) else 'a C++ compiler'
+        return '' if has_program('c++', 'g++', 'clang++', 'cl') else 'a C++ compiler'
     if find_spec('triton') is None:
         return 'Triton'
-    if not has_program('CC', 'gcc', 'clang', 'cl'):
-        return 'a C compiler'
-    header = os.path.join(sysconfig.get_config_var('INCLUDEPY'), 'Python.h')
-    return '' if os.path.exists(header) else f"{header}, a part of Python's development files"
+    return '' if has_program('gcc', 'clang', 'cl') else 'a C compiler'
 
 
-def has_program(variable, *names):
-    """ Whether the program that an environment variable names, or one of `names`, is installed. """
-    return any(shutil.which(name) for name in (os.environ.get(variable, ''), *names))
+def has_program(*names):
+    """ Whether a program of one of these names is installed. """
+    return any(shutil.which(name) for name in names)
 
 
-def why_cuda_is_unusable():
-    """
-    Why PyTorch cannot use the GPU although an NVIDIA driver is installed, for messages; '' if none
-    is, or if CUDA_VISIBLE_DEVICES hides the GPU on purpose.
-    """
-    has_driver = os.path.exists('/proc/driver/nvidia/version') or shutil.which('nvidia-smi')
-    is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
-    if not has_driver or is_hidden:
-        return ''
-    if torch.version.cuda is None:
-        return ('an NVIDIA driver is installed, but PyTorch without CUDA; '
-                'pytorch.org/get-started/locally has the command for CUDA')
-    return (f'the NVIDIA driver does not work with this PyTorch, which is for CUDA '
-            f'{torch.version.cuda}; nvidia-smi shows up to which version of CUDA the driver works')
-
-
-def has_kernels(index):
-    """ Whether this PyTorch was built for the GPU: for its architecture or an earlier one. """
-    capability = torch.cuda.get_device_capability(index)
-    architectures = ' '.join(torch.cuda.get_arch_list())  # 'sm_80 sm_90 compute_90'
-    kernels = re.findall(r'(sm|compute)_(\d+)(\d)', architectures)
-    for kind, major, minor in kernels:
-        built_for = (int(major), int(minor))
-        # compiled kernels (sm) run on later minor versions; PTX (compute) on all later ones
-        if built_for <= capability and (kind == 'compute' or built_for[0] == capability[0]):
-            return True
-    return not kernels  # ROCm names its architectures differently
-
-
-def device_count(device_type):
-    """ How many devices of this type PyTorch can use. """
-    if device_type == 'cuda' and not torch.cuda.is_available():
-        return 0  # torch.cuda.device_count() also counts GPUs whose driver is too old
-    if device_type == 'cuda':
-        return torch.cuda.device_count()
-    if device_type == 'mps':
-        return int(torch.backends.mps.is_available())
-    return 1
+def available_devices():
+    """ The devices that PyTorch can use here, the fastest first. """
+    devices = []
+    if torch.cuda.is_available():
+        devices.append('cuda')
+        devices += [f'cuda:{index}' for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append('mps')
+    return [*devices, 'cpu']
 
 
 def free_memory(device_type):
@@ -161,80 +110,45 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
     Returns:
         device, dtype, compile: two strings, and a value for compile_model()
 
-    Raises UserError for a device that this machine does not have or PyTorch was not built for, and
-    for unknown names.
+    Raises UserError for a device that is not available, and for unknown names.
     """
+    available = available_devices()
     if device == 'auto':
-        device = default_device()
-    device_type, _, index = str(device).partition(':')
-    index_is_number = index == '' or index.isdigit()
-    if device_type not in ('cpu', 'cuda', 'mps') or not index_is_number:
-        raise UserError(f"device={device!r} must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    index = int(index or 0)
-    count = device_count(device_type)
-    if index >= count:
-        reason = f'this machine has {count} {device_type} devices'
-        if device_type == 'cuda' and count == 0:
-            reason = why_cuda_is_unusable() or reason
-        raise UserError(f'device={device} is not available: {reason}; --device=auto selects one')
-    if device_type == 'cuda':
-        check_kernels(index)
+        device = available[0]
+        if device == 'cpu' and has_program('nvidia-smi'):
+            print('device: cpu, because PyTorch cannot use the NVIDIA GPU; '
+                  'https://pytorch.org/get-started/locally has the command that installs CUDA',
+                  file=sys.stderr)
+    if device not in available:
+        raise UserError(f'device={device} is not available on this machine, which has '
+                        f'{", ".join(available)}; --device=auto selects one')
+    device_type = device.partition(':')[0]
 
     if dtype == 'auto':
-        dtype = default_dtype(device_type, index, training)
+        dtype = default_dtype(device, training)
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
 
     if compile == 'auto':
-        compile = training and can_compile(device_type, index)
+        compile = training and device_type == 'cuda' and not missing_for_compile('cuda')
     if compile not in (True, False, 'reduce-overhead'):
         raise UserError(f"compile={compile!r} must be 'auto', True, False or 'reduce-overhead'")
     return device, dtype, compile
 
 
-def default_device():
-    """ CUDA, else MPS, else the CPU, with a line to standard error if that wastes a GPU. """
-    if torch.cuda.is_available():
-        return 'cuda'
-    if torch.backends.mps.is_available():
-        return 'mps'
-    reason = why_cuda_is_unusable()
-    if reason:
-        print(f'device: cpu, because {reason}', file=sys.stderr)
-    return 'cpu'
-
-
-def check_kernels(index):
-    """ Raises UserError if this PyTorch was not built for the GPU. """
-    if has_kernels(index):
-        return
-    major, minor = torch.cuda.get_device_capability(index)
-    raise UserError(f'this PyTorch, for CUDA {torch.version.cuda}, was not built for the GPU '
-                    f'{torch.cuda.get_device_name(index)} (sm_{major}{minor}), but for '
-                    f'{" ".join(torch.cuda.get_arch_list())}; install one for another CUDA '
-                    '(pytorch.org/get-started/locally), or set --device=cpu')
-
-
-def default_dtype(device_type, index, training):
+def default_dtype(device, training):
     """
     A 16-bit dtype where the device computes in it natively, else float32. Apple's GPUs keep
     float32: 16 bits have not been measured there.
     """
-    if device_type == 'cuda':
-        is_ampere_or_newer = torch.cuda.get_device_capability(index) >= (8, 0)
-        return 'bfloat16' if is_ampere_or_newer else 'float16'
-    if not training and has_fbgemm(device_type):
+    if device.startswith('cuda'):
+        is_native = torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
+        return 'bfloat16' if is_native else 'float16'
+    if not training and has_fbgemm(device):
         return 'float16'
-    if device_type == 'cpu' and has_bfloat16():
+    if device == 'cpu' and has_bfloat16():
         return 'bfloat16'
     return 'float32'
-
-
-def can_compile(device_type, index):
-    """ Whether torch.compile pays: on a GPU that Triton supports, if nothing is missing. """
-    if device_type != 'cuda' or missing_for_compile('cuda'):
-        return False
-    return torch.cuda.get_device_capability(index) >= (7, 0)
 
 
 def describe_compile(compile):
@@ -252,9 +166,8 @@ def compile_model(model, compile):
     """
     if not compile:
         return model
-    if compile == 'reduce-overhead':
-        return torch.compile(model, mode='reduce-overhead')
-    return torch.compile(model)
+    mode = 'default' if compile is True else compile
+    return torch.compile(model, mode=mode)
 
 
 def use_device(device, dtype):

@@ -7,6 +7,7 @@ rows. Everything that knows of that stands here.
 
 Not here: what each of them computes (train.py); signals (signals.py).
 """
+import inspect
 import math
 import os
 import sys
@@ -20,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from components.device import compile_model
 from components.errors import UserError
-from components.torch_versions import ddp_without_buffer_sync
 
 # how long processes wait for each other: longer than one of them saves, uploads or compiles
 TIMEOUT = timedelta(hours=1)
@@ -188,8 +188,11 @@ def parallelize(model, device, ddp, config):
     eval_model = compile_model(raw_model, config['compile'])
     if not ddp:
         return raw_model, eval_model, eval_model
-    # gradients stay in the buckets that the processes exchange; buffers are constant
-    ddp_model = DDP(eval_model, gradient_as_bucket_view=True, **ddp_without_buffer_sync())
+    # buffers are constant; torch 2.13 has renamed the argument, and warns of the old name
+    is_renamed = 'forward_sync_buffers' in inspect.signature(DDP).parameters
+    sync_buffers = 'forward_sync_buffers' if is_renamed else 'broadcast_buffers'
+    # gradients stay in the buckets that the processes exchange
+    ddp_model = DDP(eval_model, gradient_as_bucket_view=True, **{sync_buffers: False})
     return raw_model, ddp_model, eval_model
 
 
@@ -229,19 +232,10 @@ def gather_to_master(value):
     """
     if not is_sharded(value):
         return value
-    is_master = is_first_process()
-    num_rows = math.ceil(len(value) / dist.get_world_size())  # the last processes may have fewer
-    shard = value.to_local()
-    part = shard.new_zeros(num_rows, *value.shape[1:])
-    part[:len(shard)] = shard
-    parts = None
-    if is_master:
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    dist.gather(part, parts)
-    if not is_master:
-        return None
-    rows = torch.cat([part.cpu() for part in parts])
-    return rows[:len(value)].clone()
+    tensor = value.full_tensor()
+    if is_first_process():
+        return tensor.to('cpu', copy=True)  # without the memory of rows that padded the parts
+    return None
 
 
 def shard_like(tensor, p):
@@ -252,21 +246,15 @@ def shard_like(tensor, p):
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
-def reshard(model):
-    """ Frees the parameters that FSDP has gathered, for example before they are changed. """
-    if hasattr(model, 'reshard'):
-        model.reshard()
-
-
 def full_tensor(tensor):
     """ A sharded tensor with all its rows; another tensor itself. """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def compute_by_owners(function, batch, num_rows):
+def compute_on_whole_matrices(function, batch, num_rows):
     """
-    function(matrices) of sharded matrices. Each process gets some of them whole from the others,
-    and gives back their rows of the results.
+    function(matrices) of sharded matrices. Each process gathers some of them, computes, and sends
+    the others their rows of the results.
 
     Args:
         function: of each matrix by itself, (n, num_rows, columns) -> the same shape

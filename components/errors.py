@@ -1,10 +1,9 @@
 """
-Errors that a user can fix, in one line; for every other error a hint below its traceback.
+Errors that a user can fix, in one line; every other error keeps its traceback.
 
 Not here: the rules for settings (settings.py). Imports nothing of ours.
 """
 import os
-import re
 import signal
 import sys
 import traceback
@@ -34,28 +33,12 @@ def one_line_errors():
         sys.exit(f'{script_name()}: {message}')
 
 
-# -----------------------------------------------------------------------------
-# errors that come later, in the middle of the work
-
-OUT_OF_MEMORY = r"(can't allocate|not enough|out of) memory|Invalid buffer size"
-CONNECTION_LOST = r'Connection (closed|reset)|[Bb]roken pipe|[Tt]imed out|NCCL.*(remote|abort)'
-UNKNOWN_TOKEN = r'index out of range in self|device-side assert'
-
-
 def is_out_of_memory(error):
-    """ Whether memory ran out, of the CPU or of any kind of GPU. """
+    """ Whether memory ran out, of the CPU or of a GPU. """
     import torch  # here, because the prepare scripts do without it
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
-
-
-def is_connection_lost(error):
-    """ Whether another process of the job ended, as torch.distributed reports it. """
-    import torch.distributed as dist
-    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
-        return True
-    return isinstance(error, RuntimeError) and re.search(CONNECTION_LOST, str(error)) is not None
+    return 'DefaultCPUAllocator' in str(error)  # torch raises a plain RuntimeError
 
 
 def how_to_save_memory(settings):
@@ -72,39 +55,24 @@ def how_to_save_memory(settings):
 
 def install_excepthook(settings, ddp):
     """
-    Reports memory that ran out, and the end of another process of the job, in one line without a
-    traceback. Where an error can have a cause outside the code, a hint follows its traceback. Also
-    lets Ctrl-C end the script at once, without a traceback.
+    Reports memory that ran out in one line, with the flags that need less. Other errors keep their
+    traceback. Also lets Ctrl-C end the script at once, without a traceback.
 
     Args:
-        settings: dict of the script's settings, whose sizes are named where memory ran out
+        settings: dict of the script's settings
         ddp: whether the script runs in several processes
     """
-    names = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_embd')
-    sizes = ', '.join(f'{name}={settings[name]}' for name in names if name in settings)
-
-    def exit_with(message):
-        # sys.__stderr__, because torch.distributed may have replaced sys.stderr by a buffer;
-        # os._exit, because an orderly shutdown can wait forever for a collective that another
-        # process left
-        print(f'{script_name()}: {message}', file=sys.__stderr__, flush=True)
-        os._exit(1)
-
     def excepthook(kind, error, trace):
-        text = ' '.join(str(error).split())[:100]
+        # sys.__stderr__, because torch.distributed may have replaced sys.stderr by a buffer
         if is_out_of_memory(error):
-            exit_with(f'out of memory ({text}) with {sizes}; {how_to_save_memory(settings)}')
-        if ddp and is_connection_lost(error):
-            exit_with(f'another process of this job has ended ({text}); this one does not save')
-        traceback.print_exception(kind, error, trace, file=sys.__stderr__)
-        if re.search(UNKNOWN_TOKEN, text):
-            print('hint: if the code is unchanged, the data holds a token id outside the model\'s '
-                  'vocabulary; prepare the dataset again', file=sys.__stderr__)
-        if kind.__module__.startswith('wandb'):
-            print('hint: to run without wandb, set --wandb_log=False, or WANDB_MODE=offline before '
-                  'the command', file=sys.__stderr__)
+            text = ' '.join(str(error).split())[:100]
+            print(f'{script_name()}: out of memory ({text}); {how_to_save_memory(settings)}',
+                  file=sys.__stderr__, flush=True)
+        else:
+            traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         if ddp:
-            exit_with('this process failed with the traceback above')
+            # an orderly shutdown can wait forever for a collective that another process left
+            os._exit(1)
 
     sys.excepthook = excepthook
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores it for background jobs

@@ -1,7 +1,6 @@
 """
 Optimizers: which parameters each updates and at which learning rate, gradient clipping, and the
-update that is skipped when the loss or the gradients are not finite. AdamW is torch's, Muon is
-ours.
+step that is skipped when the loss or the gradients are NaN or inf. AdamW is torch's, Muon is ours.
 
 Not here: the schedule of the learning rate (train.py).
 
@@ -10,8 +9,8 @@ To add an optimizer, change `configure_optimizers`, and name the tensors that it
 import torch
 
 from components.distributed import (
-    compute_by_owners,
     compute_in_parts,
+    compute_on_whole_matrices,
     full_tensor,
     is_sharded,
     local_part,
@@ -26,7 +25,7 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix is its Nesterov momentum with every singular value brought close to 1,
     by five steps of a Newton-Schulz iteration. torch.optim.Muon computes the same update, one
     matrix at a time; here matrices of one shape are computed together, several processes share the
-    work, and an update is skipped where `found_inf` is 1.
+    work, and a step is skipped where `found_inf` is 1.
 
     Args:
         params: matrices, or groups of them
@@ -35,8 +34,7 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the running average of gradients
         dtype: in which the iteration is computed
     """
-    _step_supports_amp_scaling = True  # torch's name for an optimizer that checks found_inf
-    found_inf = None  # a tensor: 1.0 if the gradients are not finite
+    found_inf = None  # a tensor, 1.0 to skip the step; see clip_and_step()
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -62,8 +60,8 @@ class Muon(torch.optim.Optimizer):
         factor = 1
         if self.found_inf is not None:
             is_finite = self.found_inf == 0
-            factor = is_finite.float()                                      # 0 skips the update
-            # leaves the averages as they are
+            factor = is_finite.float()                                      # 0 skips the step
+            # an average of itself with itself: it stays as it is
             grads = torch.where(is_finite, torch.stack(grads), torch.stack(averages)).unbind()
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         # Nesterov: one step ahead of the average
@@ -72,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         rows, columns = params[0].shape
         directions = torch.stack(directions).to(self.dtype)                 # (n, rows, columns)
         if is_sharded(params[0]):
-            updates = compute_by_owners(orthogonalize, directions, rows)
+            updates = compute_on_whole_matrices(orthogonalize, directions, rows)
         else:
             updates = compute_in_parts(orthogonalize, directions)
         scale = max(1, rows / columns) ** 0.5  # taller matrices take larger updates
@@ -114,9 +112,8 @@ def orthogonalize(X):
 # -----------------------------------------------------------------------------
 # the optimizers of a model
 
-# The tensors that an optimizer keeps for each parameter, beside its step count. A checkpoint must
-# hold them, and they need memory. An optimizer that is missing here is saved and loaded without
-# this check.
+# The tensors that an optimizer keeps for each parameter, beside its step count: a checkpoint has to
+# hold them, which is not checked for an optimizer that is missing here.
 MOMENTS = {
     torch.optim.AdamW: ('exp_avg', 'exp_avg_sq'),
     Muon: ('momentum_buffer',),
@@ -145,8 +142,8 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
     optimizers = {}
     params = [p for p in model.parameters() if p.requires_grad]
     if muon_lr > 0:
-        blocks = model.transformer.h
-        matrices = [p for p in blocks.parameters() if p.requires_grad and p.dim() == 2]
+        block_params = model.transformer.h.parameters()
+        matrices = [p for p in block_params if p.requires_grad and p.dim() == 2]
         matrix_ids = {id(p) for p in matrices}
         params = [p for p in params if id(p) not in matrix_ids]
 
@@ -156,8 +153,10 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
         {'params': decayed, 'weight_decay': weight_decay, 'lr_scale': 1.0},
         {'params': not_decayed, 'weight_decay': 0.0, 'lr_scale': 1.0},
     ]
-    fused = device_type in ('cuda', 'cpu', 'mps')  # one kernel for all tensors, where torch has it
-    optimizers['optimizer'] = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    if device_type == 'cuda':
+        adamw.found_inf = None  # fused AdamW reads it, as under a GradScaler; see clip_and_step()
+    optimizers['optimizer'] = adamw
 
     if muon_lr > 0:
         muon_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
@@ -173,18 +172,15 @@ def set_learning_rate(optimizers, lr):
             group['lr'] = lr * group['lr_scale']
 
 # -----------------------------------------------------------------------------
-# the update
-
-# Devices on which an optimizer that checks `found_inf` skips the update itself, without
-# synchronization. Fused AdamW ignores it on MPS, and on a CPU an `if` is faster.
-CHECK_FOUND_INF = ('cuda',)
-
+# the step
 
 def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     """
     Clips the gradients, updates the parameters, and frees the gradients. If the loss or the norm
-    of the gradients is not finite, no optimizer updates. On CUDA, optimizers that check
-    `found_inf`, as fused AdamW and Muon, decide that on the device, without synchronization.
+    of the gradients is not finite, all optimizers skip the step.
+
+    On CUDA, optimizers with an attribute `found_inf` are given that decision as a tensor and skip
+    the step by themselves, so that the host does not wait for it.
 
     Args:
         optimizers: {name: optimizer}
@@ -198,15 +194,11 @@ def clip_and_step(optimizers, scaler, parameters, loss, grad_clip=0.0):
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
     parameters = [p for p in parameters if p.grad is not None]
-    # 0 * inf and 0 * nan are nan: the norm then shows a loss that is not finite, too
-    smallest = min(parameters, key=torch.numel)
-    local_part(smallest.grad).add_(0 * loss)
     max_norm = grad_clip if grad_clip > 0 else float('inf')
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    is_finite = torch.isfinite(norm)
+    is_finite = torch.isfinite(norm) & torch.isfinite(loss)
     for optimizer in optimizers.values():
-        checks_found_inf = getattr(optimizer, '_step_supports_amp_scaling', False)
-        if checks_found_inf and norm.device.type in CHECK_FOUND_INF:
+        if norm.is_cuda and hasattr(optimizer, 'found_inf'):
             optimizer.found_inf = (~is_finite).float()
             optimizer.step()
         elif is_finite:

@@ -218,7 +218,7 @@ def test_training_setting_out_of_range(folder, argument):
     pytest.param('--eval_split=test --eval_only=True',
                  'test.bin .*train.bin, val.bin', id='missing split'),
     pytest.param('--device=cuda:7', 'device=cuda:7', id='missing GPU'),
-    pytest.param('--device=gpu', "device='gpu'", id='unknown device'),
+    pytest.param('--device=gpu', 'device=gpu', id='unknown device'),
     pytest.param('--dtype=float8', "dtype='float8'", id='unknown dtype'),
     pytest.param('--compile=maybe', "compile='maybe'", id='unknown compile'),
     pytest.param('--backend=mpi', "backend='mpi'", id='unknown backend'),
