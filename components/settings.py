@@ -223,8 +223,6 @@ def check_sample(settings):
     require(0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0')
     require(0 < s.top_p <= 1, f'top_p={s.top_p} must be above 0 and at most 1, which disables it')
     require(0 <= s.min_p <= 1, f'min_p={s.min_p} must be from 0, which disables it, to 1')
-    require(0 < s.repetition_penalty < float('inf'),
-            f'repetition_penalty={s.repetition_penalty} must be above 0; 1.0 disables it')
     require(s.past_block in ('exact', 'half'),
             f"past_block={s.past_block!r} must be 'exact' or 'half'")
     require(s.quantize in ('', 'int8'), f"quantize={s.quantize!r} must be 'int8', or '' for none")
