@@ -246,8 +246,7 @@ iter_num = progress.iter_num  # updates so far
 calls = (('train', index, it) for it in count(iter_num) for index in micro_batches)
 batches = windows.prefetch(get_batch, calls, device, dtype)
 if ddp and not eval_only:
-    X, Y = get_batch('train')
-    distributed.warm_up_ddp_buckets(model, X.to(device), Y.to(device), autocast)
+    distributed.warm_up_ddp_buckets(model, *get_batch('train'), autocast)
 
 flops_of_process = tokens_per_iter * raw_model.flops_per_token(block_size) / world_size
 clock = Clock(progress, device_type, dtype, flops_of_process)

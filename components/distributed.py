@@ -5,7 +5,7 @@ With fsdp=True the parameters, gradients and moments of a model are divided amon
 (FSDP2, arXiv 2304.11277 and torch.distributed.fsdp): each is a DTensor, of which a process has some
 rows. Everything that knows of that stands here.
 
-Not here: what each of them computes (train.py); signals (signals.py).
+Not here: what each of them computes (train.py); when a run ends (stopping.py).
 """
 import inspect
 import math
