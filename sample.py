@@ -43,7 +43,6 @@ temperature = 0.8      # below 1.0: likely tokens more often; above: less often;
 top_k = 200            # this number of the most likely tokens; 0: all
 top_p = 1.0            # the fewest most likely tokens with this total probability; 1.0: all
 min_p = 0.0            # tokens with this fraction of the most likely one's probability; 0.0: all
-repetition_penalty = 1.0  # above 1.0: tokens that the text already has are less likely; 1.0: off
 seed = 1337            # with the number of a sample, decides its random numbers
 # how
 stream = False         # print each token as it is sampled, one sample after another
@@ -104,17 +103,13 @@ def sample_batch(numbers, prompts):
 
     Args:
         numbers: a number for each sample, which decides its random numbers
-        prompts: lists of ids
-
-    Returns:
-        a list of texts
+        prompts: lists of ids of the same length
     """
     generators = [np.random.default_rng((seed, number)) for number in numbers]
     random_numbers = np.stack([g.random(max_new_tokens, np.float32) for g in generators])
     completions, seconds = complete(
         model, tokenizer, prompts, torch.from_numpy(random_numbers), stop, stream or interactive,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, past_block=past_block,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, past_block=past_block,
         vocab_size=tokenizer.vocab_size, decoder=decoder)
     for number, prompt, completion in zip(numbers, prompts, completions):
         samples[number] = dict(prompt=tokenizer.decode(prompt), text=completion.text,
@@ -123,25 +118,26 @@ def sample_batch(numbers, prompts):
         lines = [json.dumps(samples[number]) + '\n' for number in sorted(samples)]
         with whole_file(out) as temporary:
             temporary.write_text(''.join(lines), encoding='utf-8')
-    return [completion.text for completion in completions]
 
 
-def sample_prompts(prompts):
-    """ Prints a sample of each prompt, in batches. """
-    if stream:
-        batches = [[number] for number in range(len(prompts))]
-    else:
-        memory = free_memory(device_type) / 2
-        batches = group_into_batches(model, prompts, max_new_tokens, memory, decoder)
-    for numbers in batches:
-        batch = [prompts[number] for number in numbers]
-        if stream:
-            print(tokenizer.decode(batch[0]), end='', flush=True)
-        texts = sample_batch(numbers, batch)
-        for prompt, text in zip(batch, texts):
-            if not stream:
-                print(tokenizer.decode(prompt) + text)
+def stream_samples(prompts):
+    """ Prints the tokens of one sample after another. """
+    for number, prompt in enumerate(prompts):
+        print(tokenizer.decode(prompt), end='', flush=True)
+        sample_batch([number], [prompt])
+        print('-' * 15, flush=True)
+
+
+def sample_in_batches(prompts):
+    """ Prints a sample of each prompt, in this order, as soon as those before it are printed. """
+    memory = free_memory(device_type) / 2
+    num_printed = 0
+    for numbers in group_into_batches(model, prompts, max_new_tokens, memory, decoder):
+        sample_batch(numbers, [prompts[number] for number in numbers])
+        while num_printed in samples:
+            print(samples[num_printed]['prompt'] + samples[num_printed]['text'])
             print('-' * 15, flush=True)
+            num_printed += 1
 
 
 def sample_interactively():
@@ -162,7 +158,10 @@ def sample_interactively():
 
 
 with one_line_errors():
+    repeated_prompts = [prompt for prompt in prompts for _ in range(num_samples)]
     if interactive:
         sample_interactively()
+    elif stream:
+        stream_samples(repeated_prompts)
     else:
-        sample_prompts([prompt for prompt in prompts for _ in range(num_samples)])
+        sample_in_batches(repeated_prompts)

@@ -3,9 +3,6 @@ Trains a GPT: from scratch, from a checkpoint, or from GPT-2's weights; in one p
 
     python train.py config/train_shakespeare_char.py --batch_size=32
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=IP --master_port=1234 \\
-        train.py config/train_gpt2.py
-    (the same with --node_rank=1 on the other machine, which needs its own copy of the dataset)
 
 Settings are the variables below. Set them with --key=value or in config files; the last one wins.
 """
@@ -13,29 +10,22 @@ import components  # noqa: F401, I001  before torch: it sets how CPU threads wai
 
 import math
 import os
-import sys
-import time
+from datetime import timedelta
 from itertools import count
 
 import numpy as np
 import torch
 
-from components import distributed, metrics, optim, settings
-from components.checkpoint import Checkpointer
-from components.dataset import (
-    check_same_on_all_machines,
-    gather_windows,
-    open_bin,
-    prefetch,
-    shuffled_starts,
-)
+from components import dataset as windows
+from components import distributed, optim, settings, summary
+from components.checkpoint import Checkpoints, Progress, resume
+from components.clock import Clock
 from components.device import choose_device, use_device
-from components.ema import EMA
+from components.distributed import print_master
 from components.errors import install_excepthook, one_line_errors
-from components.monitor import StepMonitor
-from components.pretrained import find_model, load_model_everywhere, resolve_init_from
-from components.signals import StopSignal
-from components.tokenizer import load_meta, tokenizer_record
+from components.log import Log
+from components.pretrained import find_model_of_job, load_model_everywhere
+from components.stopping import StopConditions
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -48,11 +38,10 @@ eval_only = False             # evaluate once, write nothing to out_dir, and exi
 eval_split = 'val'            # evaluated beside train; with eval_only also another, such as test
 always_save_checkpoint = True  # ckpt.pt is the latest; False: the best, and ckpt_last.pt the latest
 checkpoint_interval = 0       # iterations between saves without an evaluation; 0: none
-max_bad_steps = 10            # skipped updates (NaN or inf) in a row that end the run; 0: never
+max_skipped_steps = 10        # steps skipped in a row (NaN or inf) that end the run; 0: never
 early_stopping = 0            # evaluations in a row without a new best that end the run; 0: never
-init_from = 'scratch'         # scratch; resume (from out_dir); auto (resume if possible);
-                              # gpt2, gpt2-medium, gpt2-large, gpt2-xl; a Hugging Face directory;
-                              # namespace/name on the hub; or a checkpoint file (only its weights)
+init_from = 'scratch'         # scratch; resume (from out_dir); auto (resume if possible); gpt2 to
+                              # gpt2-xl, a Hugging Face directory or name; a checkpoint file
 seed = 1337                   # of the initial weights, the batches and dropout
 # Weights & Biases
 wandb_log = False
@@ -70,7 +59,7 @@ n_head = 12
 n_embd = 768                  # a multiple of n_head
 dropout = 0.0                 # 0 for pretraining, 0.1 or more for small datasets
 bias = False                  # True: biases in linear layers and layer norms, as in GPT-2
-# newer than GPT-2: config/*_fast.py set these, config/readme.md has ablations
+# not in GPT-2: config/*_fast.py set these, config/readme.md has ablations
 rotary = False                # rotary position embeddings (RoPE) instead of learned ones
 rope_base = 10000             # of RoPE's frequencies; lower for a short block_size
 rmsnorm = False               # RMSNorm without weights, and one more after the embedding
@@ -85,8 +74,6 @@ weight_decay = 1e-1           # of matrices and embeddings, not of biases and no
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0               # gradients of a larger norm are scaled down to it; 0: never
-ema_decay = 0.0               # above 0, such as 0.97: evaluates and saves an exponential moving
-                              # average of the weights, of which this share stays at each update
 # schedule of the learning rate
 decay_lr = True               # False: constant, without warmup
 warmup_iters = 2000           # iterations of linear warmup
@@ -98,118 +85,100 @@ device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first that i
 dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits where they are native
 fsdp = False                  # divide parameters, gradients, moments among the processes: FSDP
 activation_checkpointing = False  # compute each block again in the backward pass: less memory
-compile = 'auto'              # torch.compile: True or False; auto: on CUDA; reduce-overhead: with
-                              # CUDA graphs, for small models and one micro-batch per iteration
+compile = 'auto'              # True, False or reduce-overhead (with CUDA graphs); auto: on CUDA
 # -----------------------------------------------------------------------------
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
-# torchrun sets these
-ddp = 'RANK' in os.environ
+ddp = 'RANK' in os.environ  # torchrun sets these
 rank = int(os.environ.get('RANK', 0))
-local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
-local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-master_process = rank == 0  # prints, saves and logs
-print_master = metrics.make_printer(master_process)
 
 with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile)
     device_type = device.partition(':')[0]
     backend = distributed.choose_backend(backend, device_type)
     config = {key: globals()[key] for key in config_keys}  # noqa: F821  configurator.py sets it
-    settings.check_train(config, device_type, ddp, world_size, local_world_size, master_process)
-install_excepthook(config, ddp)
-
-if ddp and device_type == 'cuda':
-    device = f'cuda:{local_rank % torch.cuda.device_count()}'  # 0 if it can see no other
-autocast = use_device(device, dtype)
-job = distributed.Job()  # without torchrun
-if ddp:
-    with one_line_errors():
-        job = distributed.init_process_group(backend, rank, world_size, dtype)
+    settings.check_train(config, device_type, ddp, world_size)
+    install_excepthook(config, ddp)
+    device = distributed.device_of_process(device)
+    autocast = use_device(device, dtype)
+    job = distributed.init_process_group(backend, rank, world_size, dtype)
 
 # -----------------------------------------------------------------------------
 # data, model, optimizers
 
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+torch.manual_seed(seed)
 with one_line_errors():
-    meta = load_meta(dataset)
-    vocab_size = meta['vocab_size'] if meta else 50304  # GPT-2's 50257, padded to a multiple of 64
-    splits = ('train', eval_split)
-    data = {split: open_bin(dataset, split, block_size, vocab_size) for split in splits}
-    tokenizer = tokenizer_record(meta)
-    check_same_on_all_machines(data, dataset, tokenizer)
-
-    source = None
-    if master_process:  # other machines do not have its files
-        resolved = resolve_init_from(init_from, out_dir, eval_only, job)
-        source = find_model(resolved, out_dir, best=eval_only)
-    source = distributed.broadcast(source)
-    torch.manual_seed(seed)
+    data, vocab_size, tokenizer = windows.open_dataset(dataset, ('train', eval_split), block_size)
+    source = find_model_of_job(init_from, out_dir, eval_only, job)
     checkpoint = None
     if source.kind == 'scratch':
         model = GPT(settings.new_model_config(config, vocab_size))
     else:
         model, checkpoint = load_model_everywhere(source, dropout)
-    settings.check_fit(model, source, checkpoint, data, meta, config)
+    settings.check_fit(model, source, checkpoint, data, vocab_size, tokenizer, config)
+    if block_size < model.config.block_size:
+        model.crop_block_size(block_size)
+    model.activation_checkpointing = activation_checkpointing
+    raw_model, model, eval_model = distributed.parallelize(model, device, ddp, config)
 
-if block_size < model.config.block_size:
-    model.crop_block_size(block_size)
-model.activation_checkpointing = activation_checkpointing
-raw_model, model, eval_model = distributed.parallelize(model, device, ddp, config)
-optimizers = optim.configure_optimizers(
-    raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-ema = EMA(raw_model, ema_decay)  # does nothing if ema_decay is 0
+    optimizers = optim.configure_optimizers(
+        raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    progress = Progress()
+    is_resumed = source.kind == 'resume'
+    if is_resumed:
+        progress = resume(checkpoint, source.name, optimizers, scaler, tokens_per_iter)
+    checkpoint = None  # frees its memory
+    log = Log(config, progress, tokenizer, is_resumed)
+    checkpoints = Checkpoints(out_dir, always_save_checkpoint, progress, is_resumed)
 
-checkpointer = Checkpointer(config, raw_model, optimizers, scaler, ema, tokenizer,
-                            job=job.name, print_master=print_master, is_master=master_process)
-progress = {'tokens': 0, 'seconds': 0.0, 'loss': None}  # of training, over all resumes
-if source.kind == 'resume':
-    with one_line_errors():
-        progress = checkpointer.resume(checkpoint, source.name)
-checkpoint = None  # frees its memory
-iter_num = checkpointer.first_iter
-
-if master_process:
-    summary = metrics.opening_summary(
-        config, source, checkpointer, raw_model, len(data['train']), world_size)
-    for line in [*config_overrides, *summary]:  # noqa: F821  configurator.py sets it
-        print_master(line)
+summary.print_opening(config_overrides, config, source, progress, raw_model, optimizers,  # noqa: F821
+                      num_train_tokens=len(data['train']))
 
 # -----------------------------------------------------------------------------
 # batches
 
 micro_batches = range(rank, gradient_accumulation_steps, world_size)  # of this process
-
-# the uses of random numbers, each with generators of its own
-TRAINING, EVALUATION, DROPOUT, EPOCH = range(4)
+TRAINING, EVALUATION, DROPOUT, EPOCH = range(4)  # uses of random numbers, each its own
 
 
 def get_batch(split, index=0, iter_num=None):
     """
-    Reads micro-batch `index` of iteration `iter_num`, or, without it, batch `index` of an
-    evaluation. Where the windows start is random, a function of the arguments and the seed.
+    Reads micro-batch `index` of iteration `iter_num`, or without it batch `index` of an evaluation.
+    It is a function of these arguments and the seed.
 
-    Returns inputs and targets, int64 (B, T).
+    Returns inputs and targets, int64 (B, T), with CUDA on the GPU. The loss ignores targets of -1.
     """
-    if without_replacement and iter_num is not None:
-        first_window = (iter_num * gradient_accumulation_steps + index) * batch_size
-        starts = shuffled_starts(
-            len(data[split]), block_size, first_window, batch_size, (seed, EPOCH))
-        return read_windows(split, starts)
-    if iter_num is None:
-        rng = np.random.default_rng((seed, EVALUATION, split != 'train', index))
+    ids = data[split]
+    sizes = (block_size, batch_size)
+    if iter_num is None and eval_iters == -1:
+        starts = windows.adjacent_starts(num_eval_windows(split), *sizes, index)
+    elif iter_num is None:
+        key = (seed, EVALUATION, split != 'train', index)
+        starts = windows.random_starts(len(ids), *sizes, key)
+    elif without_replacement:
+        first = (iter_num * gradient_accumulation_steps + index) * batch_size
+        starts = windows.epoch_starts(len(ids), *sizes, first, (seed, EPOCH))
     else:
-        rng = np.random.default_rng((seed, TRAINING, iter_num, index))
-    starts = rng.integers(len(data[split]) - block_size, size=batch_size)  # (B,)
-    return read_windows(split, starts)
+        key = (seed, TRAINING, iter_num, index)
+        starts = windows.random_starts(len(ids), *sizes, key)
+
+    batch = torch.from_numpy(windows.gather_windows(ids, starts.clip(min=0), block_size))
+    x = batch[:, :-1].contiguous()                                          # (B, T)
+    y = batch[:, 1:].contiguous()                                           # (B, T)
+    y[torch.from_numpy(starts < 0)] = -1  # no window is left for these rows
+    if device_type == 'cuda':
+        x = x.pin_memory().to(device, non_blocking=True)
+        y = y.pin_memory().to(device, non_blocking=True)
+    return x, y
 
 
-def training_calls(first_iter):
-    """ Arguments of get_batch() for all micro-batches of this process from `first_iter` on. """
-    for it in count(first_iter):
-        for index in micro_batches:
-            yield 'train', index, it
+def num_eval_windows(split):
+    """ With eval_iters=-1 all windows of a split; of train, at most as many as eval_split has. """
+    num_tokens = min(len(data[split]), len(data[eval_split]))
+    return (num_tokens - 1) // block_size if eval_iters == -1 else eval_iters * batch_size
 
 
 def seed_dropout(iter_num, index):
@@ -217,41 +186,6 @@ def seed_dropout(iter_num, index):
     if dropout > 0:
         rng = np.random.default_rng((seed, DROPOUT, iter_num, index))
         torch.manual_seed(int(rng.integers(2**63)))
-
-
-def get_adjacent_batch(split, index):
-    """
-    Reads batch `index` of the adjacent windows of a split, for eval_iters=-1. After the last
-    window the batch is padded: targets of -1 are ignored by the loss.
-
-    Returns inputs and targets, int64 (B, T).
-    """
-    window_numbers = index * batch_size + np.arange(batch_size)
-    is_padding = window_numbers >= num_adjacent_windows(split)
-    starts = np.where(is_padding, 0, window_numbers * block_size)
-    x, y = read_windows(split, starts)
-    padded_rows = torch.from_numpy(is_padding).to(y.device)
-    y[padded_rows] = -1
-    return x, y
-
-
-def num_adjacent_windows(split):
-    """ The number of adjacent windows; for train, at most as many as eval_split has. """
-    num_tokens = min(len(data[split]), len(data[eval_split]))
-    return (num_tokens - 1) // block_size
-
-
-def read_windows(split, starts):
-    """
-    Windows that begin at `starts` (B,) -> inputs and targets, int64 (B, T). With CUDA they are on
-    the GPU.
-    """
-    windows = torch.from_numpy(gather_windows(data[split], starts, block_size))  # (B, T + 1)
-    if device_type == 'cuda':
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    x = windows[:, :-1].contiguous()
-    y = windows[:, 1:].contiguous()
-    return x, y
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -268,28 +202,21 @@ def estimate_loss():
 def estimate_split_loss(split):
     """ Mean loss over random windows, or with eval_iters=-1 over all windows of a split. """
     from tqdm import tqdm
-    if eval_iters == -1:
-        read_batch = get_adjacent_batch
-        num_windows = num_adjacent_windows(split)
-    else:
-        read_batch = get_batch
-        num_windows = eval_iters * batch_size
-    num_batches = math.ceil(num_windows / batch_size)
+    num_batches = math.ceil(num_eval_windows(split) / batch_size)
     first_indices = range(0, num_batches, world_size)  # every process evaluates as many batches
-    hide_bar = None if master_process else True  # None: shown on a terminal
+    if rank == 0:
+        first_indices = tqdm(first_indices, f'loss of {split}', delay=2, leave=False, disable=None)
     losses = []
-    num_rows = []
-    for first in tqdm(first_indices, f'loss of {split}', delay=2, leave=False, disable=hide_bar):
+    num_targets = []
+    for first in first_indices:
         index = first + rank
-        X, Y = read_batch(split, min(index, num_batches - 1))
+        X, Y = get_batch(split, min(index, num_batches - 1))
         with autocast:
             _, loss = eval_model(X.to(device), Y.to(device), return_logits=False)
         losses.append(loss.float().clone())  # CUDA graphs use the memory of loss again
-        rows_left = max(0, num_windows - index * batch_size)  # 0: another process has this batch
-        num_rows.append(min(batch_size, rows_left))           # without padding
-    sums = torch.stack(losses).cpu().double() * torch.tensor(num_rows)
-    total = distributed.all_reduce_sum(sums.sum(), device)
-    return total.item() / num_windows
+        is_counted = index < num_batches  # otherwise another process has this batch
+        num_targets.append((Y != -1).sum() * is_counted)
+    return distributed.weighted_mean(losses, num_targets, device)
 
 # -----------------------------------------------------------------------------
 # learning rate
@@ -315,23 +242,17 @@ def get_lr(it):
 # -----------------------------------------------------------------------------
 # the loop
 
-with one_line_errors():
-    log = metrics.Log(config, checkpointer.run_id, iter_num, progress['tokens'], tokenizer,
-                      is_resumed=source.kind == 'resume', is_active=master_process)
-
-batches = prefetch(get_batch, training_calls(iter_num), device, dtype)
+iter_num = progress.iter_num  # updates so far
+calls = (('train', index, it) for it in count(iter_num) for index in micro_batches)
+batches = windows.prefetch(get_batch, calls, device, dtype)
 if ddp and not eval_only:
-    X, Y = get_batch('train')
-    distributed.warm_up_ddp_buckets(model, X, Y, autocast)
+    distributed.warm_up_ddp_buckets(model, *get_batch('train'), autocast)
 
-tokens_per_iter = settings.tokens_per_iter(config)
-flops_per_iter = tokens_per_iter * raw_model.flops_per_token(block_size)
-timer = metrics.Timer(device_type, dtype, flops_per_iter / world_size, progress['seconds'])
-stop_signal = StopSignal(master_process)
+flops_of_process = tokens_per_iter * raw_model.flops_per_token(block_size) / world_size
+clock = Clock(progress, device_type, dtype, flops_of_process)
+stop = StopConditions(device, scaler, max_skipped_steps)
 if not eval_only:
-    stop_signal.listen()  # from here on, a signal ends the run after an iteration and a save
-monitor = StepMonitor(device, scaler, stop_signal, print_master, progress['loss'])
-start_time = time.perf_counter()
+    stop.listen()  # from here on, a signal ends the run after an iteration and a save
 
 while True:
     # 1. set the learning rate
@@ -339,29 +260,32 @@ while True:
     optim.set_learning_rate(optimizers, lr)
 
     # 2. evaluate
-    is_finished = eval_only or iter_num >= max_iters
-    is_due = eval_interval > 0 and iter_num % eval_interval == 0
-    should_evaluate = (is_finished or is_due) and not monitor.is_stopping
+    is_last = eval_only or iter_num >= max_iters
+    is_due = is_last or (eval_interval > 0 and iter_num % eval_interval == 0)
+    should_evaluate = is_due and not stop.reason
     if should_evaluate:
-        with timer.paused(), ema.applied():
+        with clock.paused():
             losses = estimate_loss()
             val_loss = losses[eval_split]
             print_master(f'step {iter_num}: train loss {losses["train"]:.4f}, '
                          f'{eval_split} loss {val_loss:.4f}')
-            checkpointer.note_evaluation(iter_num, val_loss)
-            log.log_evaluation(iter_num, losses, lr, timer.running_mfu, raw_model, data[eval_split])
+            progress.add_evaluation(val_loss)
+            log.add_evaluation(iter_num, losses, lr, clock.mfu, raw_model, data[eval_split])
+        if early_stopping > 0 and progress.best_val_iter is not None:
+            is_last |= iter_num - progress.best_val_iter >= early_stopping * eval_interval
 
-    # 3. save
-    should_save = checkpointer.should_save(
-        iter_num, monitor.is_stopping, monitor.num_skipped_steps)
-    if should_save:
-        with timer.paused():
-            checkpointer.save(iter_num, monitor.is_stopping, tokens=log.tokens,
-                              seconds=timer.seconds, loss=monitor.latest_loss())
+    # 3. save after an evaluation, every checkpoint_interval iterations, and on a signal
+    is_due = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
+    if (should_evaluate or is_due or stop.reason) and not eval_only:
+        with clock.paused():
+            checkpoints.save(progress, raw_model, optimizers, scaler, stop.is_interrupted,
+                             config=config, tokenizer=tokenizer, job=job.name)
 
-    # 4. end after the last update, early, or on a signal
-    if is_finished or monitor.is_stopping or checkpointer.should_stop_early(iter_num):
-        log.end_iteration(iter_num, timer.seconds, last_loss=monitor.latest_loss())
+    # 4. end after the last update, early, on a signal, or after too many skipped steps
+    if is_last or stop.reason:
+        if should_evaluate:  # this row has no batch
+            log.add(loss=progress.latest_loss())
+        log.end_row(progress)
         break
 
     # 5. forward and backward: accumulate the gradients of this process's micro-batches
@@ -376,49 +300,31 @@ while True:
         loss = loss / gradient_accumulation_steps
         scaler.scale(loss * world_size).backward()  # processes average; this makes it a sum
         loss_sum += loss.detach()
+    loss = distributed.all_reduce_sum(loss_sum, device)
 
-    # 6. clip the gradients and step; skip the step if the loss or the gradients are non-finite
-    total_loss = monitor.sum_over_processes(loss_sum)
-    grad_norm = optim.clip_and_step(
-        optimizers, scaler, raw_model.parameters(), total_loss, grad_clip)
-    ema.update(iter_num)
-    monitor.record(iter_num, grad_norm)
+    # 6. clip the gradients and step; skip the step if the loss or the gradients are not finite
+    grad_norm = optim.clip_and_step(optimizers, scaler, raw_model.parameters(), loss, grad_clip)
 
     # 7. log
-    timer.count_iteration()
     if log_interval > 0 and iter_num % log_interval == 0:
-        lossf, grad_normf = monitor.latest()  # waits for the GPU
-        dt = timer.lap()  # seconds per iteration since the last log line
+        lossf = loss.item()  # waits for the GPU
+        dt = clock.seconds_per_iter(iter_num + 1)  # since the last log line
         tokens_per_second = tokens_per_iter / dt
-        print_master(metrics.training_line(
-            iter_num, max_iters, lossf, dt, timer.running_mfu, tokens_per_second, grad_normf))
-        log.log_training(loss=lossf, lr=lr, grad_norm=grad_normf,
-                         tokens_per_second=tokens_per_second, mfu=timer.running_mfu)
-        print_master(timer.slowdown_warning())  # usually None, which prints nothing
-    log.end_iteration(iter_num, timer.seconds)
+        time_left = timedelta(seconds=round(dt * (max_iters - iter_num - 1)))
+        print_master(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms, '
+                     f'mfu {clock.mfu * 100:.2f}%, {tokens_per_second:,.0f} tokens/s, '
+                     f'{time_left} left, grad norm {grad_norm:.4f}')
+        log.add(loss=lossf, lr=lr, grad_norm=grad_norm.item(),
+                tokens_per_second=tokens_per_second, mfu=clock.mfu)
+    log.end_row(progress)
 
-    # 8. next iteration, unless too many updates in a row were skipped
-    iter_num += 1
-    monitor.check()  # sets is_stopping and num_skipped_steps
-    if max_bad_steps > 0 and monitor.num_skipped_steps == max_bad_steps:
-        if master_process:
-            print(metrics.skipped_steps_summary(config, checkpointer, monitor), file=sys.stderr)
-        distributed.shut_down(1)
-
-# -----------------------------------------------------------------------------
-# after the loop
+    # 8. next iteration, unless a signal came or too many steps in a row were skipped
+    stop.after_step(iter_num, loss, grad_norm)
+    progress.add_update(loss, tokens_per_iter)
+    iter_num = progress.iter_num
 
 if eval_only:
-    print_master(metrics.perplexity_and_bits_per_byte(val_loss, tokenizer, data[eval_split]))
+    print_master(summary.perplexity_and_bits_per_byte(val_loss, tokenizer, data[eval_split]))
 else:
-    stopped_by = None
-    if monitor.is_stopping:
-        stopped_by = stop_signal.name
-    seconds = time.perf_counter() - start_time
-    print_master(metrics.closing_summary(config, checkpointer, iter_num, stopped_by, seconds))
-exit_code = 0
-if monitor.is_stopping:
-    exit_code = stop_signal.exit_code
-elif checkpointer.error:
-    exit_code = 1
-distributed.shut_down(exit_code)
+    print_master(summary.closing_line(config, progress, checkpoints, stop, clock))
+distributed.shut_down(max(stop.exit_code, int(checkpoints.error != '')))

@@ -2,8 +2,8 @@
 A dataset of token ids: data/<dataset>/train.bin and val.bin, each one stream of little-endian
 uint16.
 
-Not here: tokenizers and meta.pkl (tokenizer.py), how texts become bins (text_to_bins.py), which
-windows an iteration reads (train.py).
+Not here: tokenizers and meta.pkl (tokenizer.py), how texts become bins (text_to_bins.py), which of
+the windows below train.py reads (get_batch in train.py).
 """
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,25 @@ import numpy as np
 from components.device import use_device
 from components.distributed import broadcast
 from components.errors import UserError
-from components.tokenizer import DATA_DIR
+from components.tokenizer import DATA_DIR, load_meta, tokenizer_record
+
+
+def open_dataset(dataset, splits, block_size):
+    """
+    Opens splits of a dataset. Raises UserError if one is missing or broken, or if this machine has
+    another dataset of this name than the first machine of the job.
+
+    Returns:
+        {split: token ids}, the size of the vocabulary, and the tokenizer's record or None
+    """
+    meta = load_meta(dataset)
+    vocab_size = 50304  # GPT-2's 50257, padded to a multiple of 64
+    if meta is not None:
+        vocab_size = meta['vocab_size']
+    data = {split: open_bin(dataset, split, block_size, vocab_size) for split in splits}
+    record = tokenizer_record(meta)
+    check_same_on_all_machines(data, dataset, record)
+    return data, vocab_size, record
 
 
 def open_bin(dataset, split, block_size, vocab_size):
@@ -114,6 +132,44 @@ def checksum(parts):
     return digest.hexdigest()
 
 
+# -----------------------------------------------------------------------------
+# which windows a batch reads: where they start, int64 (batch_size,)
+
+def random_starts(num_tokens, block_size, batch_size, seed):
+    """ Uniformly random places of a text of num_tokens; `seed` is a tuple of ints. """
+    rng = np.random.default_rng(seed)
+    return rng.integers(num_tokens - block_size, size=batch_size)
+
+
+def epoch_starts(num_tokens, block_size, batch_size, first, seed):
+    """
+    The windows `first` to `first + batch_size - 1` of training without replacement. An epoch reads
+    adjacent windows, each once, in random order. Where the first of them starts is random, too: at
+    most two windows at the ends of the text are missing.
+    """
+    windows_per_epoch = max(1, (num_tokens - 1) // block_size - 1)
+    starts = []
+    for number in range(first, first + batch_size):
+        epoch, place = divmod(number, windows_per_epoch)
+        offset, order = epoch_order(num_tokens, block_size, windows_per_epoch, (*seed, epoch))
+        starts.append(offset + order[place] * block_size)
+    return np.array(starts)
+
+
+@lru_cache(maxsize=2)  # a batch may belong to two epochs
+def epoch_order(num_tokens, block_size, num_windows, seed):
+    """ Where the first window of an epoch starts, and the order of its windows. """
+    rng = np.random.default_rng(seed)
+    offset = rng.integers(num_tokens - num_windows * block_size)
+    return offset, rng.permutation(num_windows)
+
+
+def adjacent_starts(num_windows, block_size, batch_size, index):
+    """ Batch `index` of the first num_windows adjacent windows, -1 after the last of them. """
+    numbers = index * batch_size + np.arange(batch_size)
+    return np.where(numbers < num_windows, numbers * block_size, -1)
+
+
 def gather_windows(ids, starts, block_size):
     """
     Windows of block_size + 1 tokens: the inputs, and the target of the last one.
@@ -127,36 +183,8 @@ def gather_windows(ids, starts, block_size):
     offsets = np.arange(block_size + 1)
     return ids[starts[:, None] + offsets].astype(np.int64)
 
-
-def shuffled_starts(num_tokens, block_size, first, count, seed):
-    """
-    Where the windows `first` to `first + count - 1` of training without replacement start. An epoch
-    reads adjacent windows, each once, in random order. Where the first of them starts is random,
-    too: at most two windows at the ends of the text are missing.
-
-    Args:
-        num_tokens: of the text
-        first: a window's number since the beginning of training
-        seed: a tuple of ints
-
-    Returns: int64 (count,)
-    """
-    windows_per_epoch = max(1, (num_tokens - 1) // block_size - 1)
-    starts = []
-    for number in range(first, first + count):
-        epoch, place = divmod(number, windows_per_epoch)
-        offset, order = epoch_order(num_tokens, block_size, windows_per_epoch, seed, epoch)
-        starts.append(offset + order[place] * block_size)
-    return np.array(starts)
-
-
-@lru_cache(maxsize=2)  # a batch may belong to two epochs
-def epoch_order(num_tokens, block_size, num_windows, seed, epoch):
-    """ Where the first window of an epoch starts, and the order of its windows. """
-    rng = np.random.default_rng((*seed, epoch))
-    offset = rng.integers(num_tokens - num_windows * block_size)
-    return offset, rng.permutation(num_windows)
-
+# -----------------------------------------------------------------------------
+# loading while the caller computes
 
 def prefetch(load, calls, device, dtype):
     """

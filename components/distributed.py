@@ -5,12 +5,13 @@ With fsdp=True the parameters, gradients and moments of a model are divided amon
 (FSDP2, arXiv 2304.11277 and torch.distributed.fsdp): each is a DTensor, of which a process has some
 rows. Everything that knows of that stands here.
 
-Not here: what each of them computes (train.py); signals (signals.py).
+Not here: what each of them computes (train.py); when a run ends (stopping.py).
 """
 import inspect
 import math
 import os
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -40,15 +41,27 @@ def choose_backend(backend, device_type):
     return 'gloo'
 
 
+def device_of_process(device):
+    """ On CUDA the GPU of this process, if torchrun started it. """
+    if 'LOCAL_RANK' in os.environ and device.startswith('cuda'):
+        # some launchers show each process its own GPU alone, as 0
+        index = int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()
+        return f'cuda:{index}'
+    return device
+
+
 def init_process_group(backend, rank, world_size, dtype):
     """
-    Joins the other processes of the job. With NCCL, this process has to have selected its GPU.
+    Joins the other processes of the job, if torchrun started this one. With NCCL, it has to have
+    selected its GPU.
 
     Raises UserError if variables of torchrun are missing, and if this machine selected another
     `dtype` than the first one: float16 gradients are scaled, and their sum with others is wrong.
 
     Returns a Job.
     """
+    if 'RANK' not in os.environ:
+        return Job()
     restart_count = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     try:
         job_store, _, _ = next(dist.rendezvous('env://'))
@@ -85,6 +98,15 @@ def is_first_process():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def print_master(message):
+    """
+    Prints a message in the first process alone. A closed pipe or a full disk does not end a run.
+    """
+    if os.environ.get('RANK', '0') == '0':
+        with suppress(OSError):
+            print(message, flush=True)
+
+
 def broadcast_tensor(tensor):
     """
     The first process's tensor, in the host memory of all processes. Those without it give a tensor
@@ -107,6 +129,19 @@ def all_reduce_sum(tensor, device):
     tensor = tensor.to(device)
     dist.all_reduce(tensor)
     return tensor
+
+
+def weighted_mean(values, weights, device):
+    """
+    The mean of the values of all processes, in float64.
+
+    Args:
+        values, weights: lists of 0-d tensors
+    """
+    weights = torch.stack(weights).cpu().double()
+    weighted_sum = (torch.stack(values).cpu().double() * weights).sum()
+    totals = all_reduce_sum(torch.stack((weighted_sum, weights.sum())), device)
+    return (totals[0] / totals[1]).item()
 
 
 def compute_in_parts(function, batch):

@@ -1,5 +1,5 @@
 """
-Sampling from a model: tokens one after another for several prompts at once, and their text.
+Sampling from a model: the loop over tokens, the filters of their probabilities, and texts.
 
 Not here: the KV cache (model.py), static shapes for a GPU or torch.compile (static_decoding.py),
 int8 and 16-bit weights (quantization.py), settings (sample.py).
@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,30 +16,25 @@ from tqdm import tqdm
 
 from components.errors import UserError
 
-NON_FINITE_LOGITS = ('non-finite logits (NaN or inf); set --dtype=float32, which has the widest '
-                     'range')
-
 # -----------------------------------------------------------------------------
 # the sampling loop
 
 @torch.no_grad()
 def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, top_p=1.0,
-                min_p=0.0, repetition_penalty=1.0, random_numbers=None, pad=None,
-                past_block='exact', cached=True, decoder=None):
+                min_p=0.0, random_numbers=None, past_block='exact', cached=True, decoder=None):
     """
     Continues each prompt by one token after another.
 
     Args:
         idx: int64 (B, T), the prompts
-        temperature, top_k, top_p, min_p: as in sample_token()
-        vocab_size: samples ids below it; None: all ids of the model
-        repetition_penalty: as in penalize_repetition(); 1.0 is off
+        temperature, top_k, top_p, min_p, vocab_size: as in sample_token()
         random_numbers: (B, max_new_tokens) in [0, 1), which decide the samples; None: from torch
-        pad: int64 (B,), the number of padding tokens that each prompt begins with. They must be
-            copies of its first token, so that they change nothing in the repetition penalty
-        past_block: what the model reads past block_size tokens, 'exact' or 'half'; see Context
-        cached: False computes every token without a KV cache, for a model whose forward() takes
-            only (idx, targets)
+        past_block: what the model reads past block_size tokens.
+            'exact': the last block_size tokens. They are recomputed for every token, as each of
+            them moves to another position
+            'half': from half a block to a block, with a KV cache that is recomputed once for every
+            half block
+        cached: False computes every token without a KV cache
         decoder: a StaticDecoder of the model, which samples all tokens for which there is a cache,
             without a synchronization; None: without static shapes
 
@@ -51,145 +45,54 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
     Raises:
         UserError: the logits are not finite
     """
+    assert past_block in ('exact', 'half')
     B, T = idx.shape
+    block_size = model.config.block_size
     if random_numbers is None:
         random_numbers = torch.rand(B, max_new_tokens, device=idx.device)
-    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    settings = dict(vocab_size=vocab_size, repetition_penalty=repetition_penalty, filters=filters)
+    settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                    vocab_size=vocab_size)
     tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)      # (B, T + max_new)
-    context = Context(model, T, max_new_tokens, pad, past_block, cached)
-    decoder_is_ready = False
+
+    first = max(0, T - block_size)  # the model reads tokens[:, first:n] to sample tokens[:, n]
+    num_kept = block_size if past_block == 'exact' else (block_size + 1) // 2
+    cache_size = min(T + max_new_tokens, block_size)
+    cache = model.new_cache(cache_size) if cached else None
+    decoder_has_cache = False
     for n in range(T, T + max_new_tokens):
+        if n - first > block_size:
+            first = n - num_kept
+            cache = None
+            if cached and past_block == 'half':
+                cache = model.new_cache(cache_size)
+            decoder_has_cache = False
+
         numbers = random_numbers[:, n - T]                                  # (B,)
-        if decoder_is_ready and not context.must_move(n):
+        num_in_cache = cache[0].length if cache else 0
+        if decoder is not None and num_in_cache > 0:
+            if not decoder_has_cache:
+                decoder.start(tokens[:, n - 1], cache, settings)
+                decoder_has_cache = True
             tokens[:, n] = decoder.next_token(numbers)
         else:
-            if decoder_is_ready:  # what follows reads the decoder's tokens
-                raise_if_non_finite(tokens[:, T:n].min())
-            logits = context.next_logits(tokens[:, :n])                     # (B, vocab_size)
-            if repetition_penalty != 1:
-                logits = penalize_repetition(logits, tokens[:, :n], repetition_penalty)
-            tokens[:, n] = sample_token(logits[:, :vocab_size], numbers, **filters)
-            is_in_cache = context.cache is not None and not context.must_move(n + 1)
-            decoder_is_ready = decoder is not None and is_in_cache
-            if decoder_is_ready:
-                decoder.start(tokens[:, :n + 1], context.cache, context.cache_size,
-                              context.remaining_pad(), settings)
+            unread = tokens[:, first + num_in_cache:n]
+            logits, _ = model(unread.clamp(min=0), cache=cache)             # (B, 1, vocab_size)
+            tokens[:, n] = sample_token(logits[:, -1].float(), numbers, **settings)
+            raise_if_non_finite(tokens[:, n].min())
         yield tokens[:, n]
 
 
 def raise_if_non_finite(token):
-    """ Raises UserError at a token of -1, which a decoder samples from non-finite logits. """
+    """ Raises UserError at a token of -1, which sample_token() gives for non-finite logits. """
     if token == -1:
-        raise UserError(NON_FINITE_LOGITS)
-
-
-class Context:
-    """
-    The tokens that the model reads: from `first` on, at most block_size, for most of which the KV
-    cache has the keys and values. Past block_size, `first` moves forward and the cache is emptied:
-
-    'exact' reads the last block_size tokens. They are recomputed for every token, as each of them
-        moves to another position.
-    'half' moves by half a block, and then goes on with a cache. The model reads between a half and
-        a whole block, with one recomputation for every half block.
-    """
-
-    def __init__(self, model, T, max_new_tokens, pad, past_block, cached):
-        assert past_block in ('exact', 'half')
-        self.model = model
-        self.block_size = model.config.block_size
-        self.past_block = past_block
-        self.cached = cached
-        self.pad = pad
-        self.max_pad = 0 if pad is None else int(pad.max())
-        self.first = max(0, T - self.block_size)
-        self.cache_size = min(T + max_new_tokens, self.block_size)
-        self.cache = None
-        if cached:
-            self.cache = model.new_cache(self.cache_size)
-
-    def next_logits(self, tokens):
-        """ The logits of the token that follows `tokens` (B, n) -> float32 (B, vocab_size). """
-        n = tokens.shape[1]
-        if self.must_move(n):
-            self.move(n)
-        start = self.first
-        if self.cache is not None:
-            start += self.cache[0].length
-        return last_logits(self.model, tokens[:, start:], self.cache, self.remaining_pad())
-
-    def must_move(self, n):
-        """ Whether `n` tokens are more than the model reads from `first` on. """
-        return n - self.first > self.block_size
-
-    def remaining_pad(self):
-        """ The padding from `first` on, int64 (B,), or None if no row has any. """
-        if self.max_pad <= self.first:
-            return None
-        return (self.pad - self.first).clamp(min=0)                         # (B,)
-
-    def move(self, n):
-        """ Moves forward after `n` tokens. """
-        if self.past_block == 'exact':
-            self.first = n - self.block_size
-            self.cache = None
-        else:
-            self.first = n - (self.block_size + 1) // 2
-            if self.cached:
-                self.cache = self.model.new_cache(self.cache_size)
-
-
-def last_logits(model, idx, cache, pad):
-    """
-    The logits that follow idx (B, T) -> float32 (B, vocab_size). Equal prompts are computed once.
-    """
-    B, T = idx.shape
-    options = {}  # without a cache and padding, any forward(idx, targets) can be sampled from
-    if cache is not None or pad is not None:
-        options = dict(cache=cache, pad=pad)
-    rows_are_equal = False
-    if B > 1 and T > 1 and pad is None:  # only for prompts, as comparing makes a GPU wait
-        rows_are_equal = bool((idx == idx[:1]).all())
-    if rows_are_equal:
-        logits, _ = model(idx[:1], **options)                               # (1, 1, vocab_size)
-        logits = logits.expand(B, -1, -1)
-        for layer_cache in cache or ():
-            layer_cache.repeat(B)
-    else:
-        logits, _ = model(idx, **options)                                   # (B, 1, vocab_size)
-    return logits[:, -1].float()
+        raise UserError('non-finite logits (NaN or inf); set --dtype=float32, which has the widest '
+                        'range')
 
 # -----------------------------------------------------------------------------
 # from logits to a token
 
-def penalize_repetition(logits, tokens, penalty):
-    """
-    Makes the tokens that a row already has less likely, by penalize().
-
-    logits (B, vocab_size), tokens (B, n) -> (B, vocab_size)
-    """
-    seen = penalize(logits.gather(1, tokens), penalty)                      # (B, n)
-    return logits.scatter(1, tokens, seen)
-
-
-def penalize(logits, penalty):
-    """
-    Divides logits above 0 by `penalty` and multiplies those below 0 (CTRL, arXiv 1909.05858; the
-    form of transformers).
-    """
-    return torch.where(logits > 0, logits / penalty, logits * penalty)
-
-
-def sample_token(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-    """ sample_from_finite_logits(). Raises UserError if the logits (B, V) are not finite. """
-    if not logits.amax(dim=-1).isfinite().all():
-        raise UserError(NON_FINITE_LOGITS)
-    return sample_from_finite_logits(logits, random_numbers, temperature, top_k, top_p, min_p)
-
-
-def sample_from_finite_logits(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0,
-                              min_p=0.0, static_shapes=False):
+def sample_token(logits, random_numbers, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0,
+                 vocab_size=None):
     """
     Samples one token for each row of logits (B, V) from the softmax of logits / temperature, after
     three filters in this order: top_k, top_p, min_p.
@@ -200,19 +103,22 @@ def sample_from_finite_logits(logits, random_numbers, temperature=1.0, top_k=Non
         top_k: keeps so many of the most likely tokens; 0 or None keeps all
         top_p: as in filter_top_p(); 1.0 is off
         min_p: as in filter_min_p(); 0.0 is off
-        static_shapes: whether all shapes are the same for any logits
+        vocab_size: samples ids below it; None: all ids
 
     Returns:
-        int64 (B,); any token below V where the logits are not finite
+        int64 (B,), -1 where the logits are not finite
     """
+    logits = logits[:, :vocab_size]
+    is_finite = logits.amax(dim=-1).isfinite()                              # (B,)
     if temperature < 1e-5:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1).masked_fill(~is_finite, -1)
+
     logits = logits / temperature
     k = logits.shape[-1]
     ids = None
     if top_k and top_k < k:
         k = top_k
-        logits, ids = filter_top_k(logits, k, static_shapes)
+        logits, ids = filter_top_k(logits, k)
     probs = F.softmax(logits, dim=-1)                                       # (B, k or V)
     if top_p < 1:
         probs = filter_top_p(probs, top_p, k)
@@ -221,10 +127,10 @@ def sample_from_finite_logits(logits, random_numbers, temperature=1.0, top_k=Non
     index = sample_index(probs, random_numbers)                             # (B, 1)
     if ids is not None:
         index = ids.gather(1, index)
-    return index.squeeze(1)
+    return index.squeeze(1).masked_fill(~is_finite, -1)
 
 
-def filter_top_k(logits, k, static_shapes=False):
+def filter_top_k(logits, k):
     """
     Keeps the k largest of each row of logits (B, V), and all that are equal to the k-th.
 
@@ -233,7 +139,7 @@ def filter_top_k(logits, k, static_shapes=False):
     """
     values, ids = logits.topk(k + 1)                                        # (B, k + 1), descending
     kth = values[:, k - 1:k]                                                # (B, 1)
-    may_shrink = logits.device.type == 'cpu' and not static_shapes
+    may_shrink = logits.device.type == 'cpu' and not torch.compiler.is_compiling()
     if may_shrink and (values[:, k:] < kth).all():
         # the softmax of k values instead of the whole vocabulary: half the time of sample_token()
         # with GPT-2's vocabulary, a tenth of the time of a token of a small model
@@ -310,16 +216,10 @@ def read_prompt_file(path, start):
         raise UserError(f'{path} is not in UTF-8: {error}') from None
 
 
-class Completion(NamedTuple):
-    """ The continuation of a prompt. """
-    text: str        # without the prompt, and without the stop string
-    num_tokens: int  # sampled for it, those of the stop string included
-
-
 def complete(model, tokenizer, prompts, random_numbers, stop='', stream=False, **settings):
     """
-    Continues prompts in one batch, each until `stop` appears in its continuation or it has
-    max_new_tokens.
+    Continues prompts of the same length in one batch, each until `stop` appears in its continuation
+    or it has max_new_tokens.
 
     Args:
         prompts: lists of token ids
@@ -334,28 +234,26 @@ def complete(model, tokenizer, prompts, random_numbers, stop='', stream=False, *
     """
     assert len(prompts) == 1 or not stream
     device = model.transformer.wte.weight.device
-    idx, pad = pad_prompts(prompts, device)
-    samples = [Sample(tokenizer, prompt, stop) for prompt in prompts]
+    idx = torch.tensor(prompts, device=device)                              # (B, T)
+    completions = [Completion(tokenizer, prompt, stop) for prompt in prompts]
     max_new_tokens = random_numbers.shape[1]
     num_printed = 0
     begin = time.perf_counter()
     with torch.inference_mode():
-        steps = next_tokens(model, idx, max_new_tokens, pad=pad,
-                            random_numbers=random_numbers.to(device), **settings)
-        disable = True if stream else None  # None: where stderr is not a terminal
-        steps = tqdm(steps, total=max_new_tokens, unit='token', leave=False, disable=disable)
-        one_by_one = stream or stop != ''
-        for tokens in read_tokens(steps, one_by_one):
-            for sample, token in zip(samples, tokens):
-                sample.append(token)
+        steps = next_tokens(model, idx, max_new_tokens, random_numbers=random_numbers.to(device),
+                            **settings)
+        if not stream:  # disable=None: only in a terminal
+            steps = tqdm(steps, total=max_new_tokens, unit='token', leave=False, disable=None)
+        for tokens in read_tokens(steps, one_by_one=stream or stop != ''):
+            for completion, token in zip(completions, tokens):
+                completion.append(token)
             if stream:
-                text = printable_part(samples[0].text(), stop)
+                text = printable_part(completions[0].text, stop)
                 print(text[num_printed:], end='', flush=True)
                 num_printed = max(num_printed, len(text))
-            if all(sample.is_finished for sample in samples):
+            if all(completion.is_finished for completion in completions):
                 break
     seconds = time.perf_counter() - begin
-    completions = [Completion(sample.text(), len(sample.new_ids)) for sample in samples]
     if stream:
         print(completions[0].text[num_printed:])
     return completions, seconds
@@ -378,21 +276,8 @@ def read_tokens(steps, one_by_one):
         yield ids
 
 
-def pad_prompts(prompts, device):
-    """
-    Makes one batch of lists of ids, padded on the left with copies of their first id.
-
-    Returns:
-        int64 (B, T), and int64 (B,), the number of padding tokens of each row
-    """
-    T = max(len(prompt) for prompt in prompts)
-    pad = [T - len(prompt) for prompt in prompts]
-    rows = [prompt[:1] * n + prompt for prompt, n in zip(prompts, pad)]
-    return torch.tensor(rows, device=device), torch.tensor(pad, device=device)
-
-
-class Sample:
-    """ A prompt and its continuation so far. """
+class Completion:
+    """ The continuation of a prompt, a list of ids, until `stop` appears in it; '' for none. """
 
     def __init__(self, tokenizer, prompt, stop):
         self.tokenizer = tokenizer
@@ -411,8 +296,14 @@ class Sample:
             last_ids = self.new_ids[-4 * len(self.stop) - 4:]
             self.is_finished = self.stop in self.tokenizer.decode(last_ids)
 
+    @property
+    def num_tokens(self):
+        """ The number of sampled tokens, those of `stop` included. """
+        return len(self.new_ids)
+
+    @property
     def text(self):
-        """ The continuation, up to `stop`. """
+        """ The text without the prompt, up to `stop`. """
         # decoded with the prompt, as some tokenizers treat the beginning of a text differently
         prompt_text = self.tokenizer.decode(self.prompt)
         text = self.tokenizer.decode(self.prompt + self.new_ids)[len(prompt_text):]
@@ -435,26 +326,19 @@ def printable_part(text, stop):
 
 def group_into_batches(model, prompts, max_new_tokens, memory, decoder=None):
     """
-    Groups the samples of `prompts`, lists of ids, into batches that fit into `memory` bytes.
+    Groups `prompts`, lists of ids, into batches of the same length that fit into `memory` bytes.
     `decoder` as in next_tokens().
-
-    Samples that stay within block_size can be in one batch. Longer ones are batched with others of
-    the same length only, because the longest row decides which tokens the model reads.
 
     Returns:
         lists of indices into `prompts`
     """
-    groups = {}  # {length of the prompts, 0 if they stay within block_size: their indices}
+    groups = {}  # {length of the prompts: their indices}
     for i, prompt in enumerate(prompts):
-        stays_within = len(prompt) + max_new_tokens <= model.config.block_size
-        length = 0 if stays_within else len(prompt)
-        groups.setdefault(length, []).append(i)
+        groups.setdefault(len(prompt), []).append(i)
 
     batches = []
-    for length in sorted(groups):
-        indices = groups[length]
-        longest = max(len(prompts[i]) for i in indices) + max_new_tokens
-        batch_size = samples_that_fit(model, longest, memory, decoder)
+    for length, indices in groups.items():
+        batch_size = samples_that_fit(model, length + max_new_tokens, memory, decoder)
         for start in range(0, len(indices), batch_size):
             batches.append(indices[start:start + batch_size])
     return batches

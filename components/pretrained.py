@@ -7,9 +7,8 @@ import os
 from typing import NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map
 
-from components.checkpoint import load_checkpoint, load_weights, newest_checkpoint
+from components.checkpoint import find_checkpoint, load_checkpoint, load_weights, map_values
 from components.distributed import broadcast, broadcast_tensor, is_first_process
 from components.errors import UserError
 from components.huggingface import GPT2_NAMES
@@ -42,7 +41,7 @@ def find_model(init_from, out_dir, best=True):
     if init_from == 'scratch':
         return ModelSource('scratch', init_from)
     if init_from == 'resume':
-        return ModelSource('resume', str(newest_checkpoint(out_dir, best)))
+        return ModelSource('resume', str(find_checkpoint(out_dir, best)))
     if init_from in GPT2_NAMES:  # also if a file or directory has this name
         return ModelSource('huggingface', init_from)
     if os.path.isfile(init_from) or init_from.endswith('.pt'):
@@ -50,29 +49,30 @@ def find_model(init_from, out_dir, best=True):
     return ModelSource('huggingface', init_from)
 
 
-def resolve_init_from(init_from, out_dir, eval_only, job):
+def find_model_of_job(init_from, out_dir, eval_only, job):
     """
-    Replaces 'auto', and resumes a job that torchrun has restarted.
+    find_model() for train.py, whose first process alone needs the files.
 
     Args:
-        init_from: as for find_model(), or 'auto'
-        out_dir: the folder of a run
+        init_from: as for find_model(); or 'auto', which is 'resume' if there is a checkpoint, else
+            'scratch'
         eval_only: whether the model is only evaluated, so that the best one is meant
-        job: distributed.Job
+        job: distributed.Job. If torchrun has restarted it, 'resume' replaces `init_from` once the
+            job has saved a checkpoint
 
     Returns:
-        'resume' or 'scratch' for 'auto'; 'resume' for a restarted job that has saved a checkpoint;
-        otherwise `init_from`
+        ModelSource, the same in all processes
     """
-    if init_from != 'auto' and not job.restarted:
-        return init_from
-    path = newest_checkpoint(out_dir, best=eval_only)
-    if not path.exists():
-        return 'scratch' if init_from == 'auto' else init_from
-    if init_from == 'auto':
-        return 'resume'
-    is_own = load_checkpoint(path, mmap=True).get('job') == job.name
-    return 'resume' if is_own else init_from  # it may be of an earlier run
+    source = None
+    if is_first_process():
+        path = find_checkpoint(out_dir, best=eval_only)
+        exists = path.exists()
+        if init_from == 'auto':
+            init_from = 'resume' if exists else 'scratch'
+        elif job.restarted and exists and load_checkpoint(path, mmap=True).get('job') == job.name:
+            init_from = 'resume'
+        source = find_model(init_from, out_dir, best=eval_only)
+    return broadcast(source)
 
 
 def load_model(source, dropout=None, mmap=False):
@@ -118,7 +118,7 @@ def load_model_everywhere(source, dropout):
     if is_first_process():
         model, checkpoint = load_model(source, dropout)
         config = model.config
-    config, outline = broadcast((config, tree_map(without_data, checkpoint)))
+    config, outline = broadcast((config, map_values(without_data, checkpoint)))
     if not is_first_process():
         model = GPT(config)
         checkpoint = outline

@@ -20,8 +20,12 @@ LONG_INPUT = 32  # tokens per row from which a layer is compute-bound
 def quantize_linears(model, dtype, int8=False, compile=False):
     """
     Replaces every nn.Linear of `model` by a QuantizedLinear, in place; then it can no longer train.
-    Subclasses of nn.Linear stay, as they may compute something else. `compile`: whether the model
-    will be compiled.
+    Subclasses of nn.Linear stay, as they may compute something else.
+
+    Args:
+        dtype: torch.dtype of the weights
+        int8: whether single tokens are multiplied in int8; requires FBGEMM
+        compile: leaves out FBGEMM's kernels, which torch.compile cannot have in a graph
     """
     for name, child in model.named_children():
         if type(child) is nn.Linear:
@@ -32,7 +36,7 @@ def quantize_linears(model, dtype, int8=False, compile=False):
 
 class QuantizedLinear(nn.Module):
     """
-    A linear layer for inference: (B, T, in) -> (B, T, out).
+    A linear layer for inference: (B, T, in) -> (B, T, out). Arguments as in quantize_linears().
 
     On a CPU with the kernels of FBGEMM, in float16 and with int8:
         short inputs: float16 weights, multiplied in float32
@@ -42,12 +46,6 @@ class QuantizedLinear(nn.Module):
 
     Prompts are not multiplied in int8, because the activations of their first token have outliers
     that would cost the other tokens their precision.
-
-    Args:
-        linear: the nn.Linear whose weights it takes
-        dtype: torch.dtype of the weights
-        int8: whether single tokens are multiplied in int8; requires FBGEMM
-        compile: leaves out FBGEMM's kernels, which torch.compile cannot have in a graph
     """
 
     def __init__(self, linear, dtype, int8=False, compile=False):
@@ -58,25 +56,24 @@ class QuantizedLinear(nn.Module):
         if bias is not None:
             bias = bias.detach()                                            # (out,)
 
-        use_fbgemm = has_fbgemm(weight.device.type) and (int8 or dtype == torch.float16)
+        self.dtype = dtype  # of products
         stored_dtype = dtype
-        if use_fbgemm and has_bfloat16():
-            dtype = torch.bfloat16
-            stored_dtype = torch.bfloat16
-        elif use_fbgemm:
-            dtype = torch.float32
-        self.dtype = dtype
+        self.packed_float16 = None
+        self.packed_int8 = None
+        if int8 or (dtype == torch.float16 and has_fbgemm(weight.device.type)):
+            if has_bfloat16():
+                self.dtype = torch.bfloat16
+                stored_dtype = torch.bfloat16
+            else:
+                self.dtype = torch.float32
+            if int8:
+                self.packed_int8 = pack_int8(weight, bias)
+            if not compile and not (int8 and has_bfloat16()):
+                self.packed_float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         self.weight = weight.to(stored_dtype)
         self.bias = bias
         if bias is not None:
-            self.bias = bias.to(dtype)
-
-        self.packed_int8 = None
-        if int8:
-            self.packed_int8 = pack_int8(weight, bias)
-        self.packed_float16 = None
-        if use_fbgemm and not compile and not (int8 and has_bfloat16()):
-            self.packed_float16 = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+            self.bias = bias.to(self.dtype)
 
     def forward(self, x):
         T = x.shape[1]

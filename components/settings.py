@@ -4,6 +4,7 @@ The rules for settings: what is wrong with them is found before anything is load
 Not here: how settings are given (configurator.py), and which files exist (dataset.py,
 checkpoint.py).
 """
+import math
 import os
 from dataclasses import fields
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import torch
 from components.dataset import largest_id
 from components.device import has_fbgemm, missing_for_compile
 from components.errors import UserError
-from components.tokenizer import has_tokenizer, hf_record, tokenizer_record, tokens_of
+from components.tokenizer import has_tokenizer, hf_record, tokens_of
 from model import GPTConfig
 
 
@@ -27,7 +28,7 @@ def require(condition, message):
 def require_at_least(s, minimum, *names):
     for name in names:
         value = getattr(s, name)
-        require(value >= minimum, f'{name}={value} must be at least {minimum}')
+        require(minimum <= value < math.inf, f'{name}={value} must be at least {minimum}')
 
 
 def check_common(s):
@@ -66,7 +67,15 @@ def tokens_per_iter(settings):
 # -----------------------------------------------------------------------------
 # train.py
 
-def check_train(settings, device_type, ddp, world_size, local_world_size, is_master=True):
+AT_LEAST_0 = (
+    'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'eval_interval',
+    'log_interval', 'checkpoint_interval', 'max_skipped_steps', 'early_stopping', 'min_lr',
+    'learning_rate', 'grad_clip', 'weight_decay', 'muon_lr')
+AT_LEAST_1 = ('batch_size', 'block_size')
+FROM_0_TO_BELOW_1 = ('beta1', 'beta2', 'dropout')
+
+
+def check_train(settings, device_type, ddp, world_size):
     """
     The rules for train.py.
 
@@ -74,56 +83,44 @@ def check_train(settings, device_type, ddp, world_size, local_world_size, is_mas
         settings: dict, with device, dtype, compile and backend selected
         device_type: 'cpu', 'cuda' or 'mps'
         ddp: whether torchrun started the script
-        world_size, local_world_size: number of processes, and of those on this machine
-        is_master: whether this process writes to out_dir, which may be on its machine alone
+        world_size: number of processes
     """
     s = SimpleNamespace(**settings)
     check_common(s)
+    require_at_least(s, 0, *AT_LEAST_0)
+    require_at_least(s, 1, *AT_LEAST_1)
+    for name in FROM_0_TO_BELOW_1:
+        value = getattr(s, name)
+        require(0 <= value < 1, f'{name}={value} must be at least 0 and below 1')
     check_schedule(s)
-    check_optimizer(s)
     check_batches(s, world_size)
     # gradients lie in memory that the next backward pass overwrites
     require(s.compile != 'reduce-overhead' or (s.gradient_accumulation_steps == 1 and not ddp),
             'compile=reduce-overhead requires gradient_accumulation_steps=1 and no torchrun; set '
             '--compile=True')
-    check_processes(s, device_type, ddp, local_world_size)
+    check_processes(s, device_type, ddp)
     check_fsdp(s, ddp, world_size)
     # torch restores the random numbers of dropout on other devices only
     require(not s.activation_checkpointing or s.dropout == 0 or device_type != 'mps',
             f'activation_checkpointing=True with dropout={s.dropout} is unsupported on MPS')
-    if is_master:
+    if os.environ.get('RANK', '0') == '0':  # out_dir may be on the first machine alone
         check_output(s)
 
 
 def check_schedule(s):
-    require_at_least(s, 0, 'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters',
-                     'eval_interval', 'log_interval', 'checkpoint_interval', 'max_bad_steps',
-                     'early_stopping', 'min_lr')
     require(s.early_stopping == 0 or s.eval_interval > 0 or s.eval_only,
             f'early_stopping={s.early_stopping} requires evaluations; set --eval_interval')
-    require(0 <= s.learning_rate < float('inf'),
-            f'learning_rate={s.learning_rate} must be a number of at least 0')
-    if not s.decay_lr:
-        return
-    require(s.min_lr <= s.learning_rate,
+    require(s.muon_lr == 0 or s.learning_rate > 0,
+            'muon_lr requires a learning_rate above 0 for the parameters that are not matrices')
+    require(not s.decay_lr or s.min_lr <= s.learning_rate,
             f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}; a tenth of it is usual')
     iters = s.warmup_iters + s.cooldown_iters
-    require(s.cooldown_iters == 0 or iters <= s.lr_decay_iters,
+    require(not s.decay_lr or s.cooldown_iters == 0 or iters <= s.lr_decay_iters,
             f'cooldown_iters={s.cooldown_iters} and warmup_iters={s.warmup_iters} are more than '
             f'lr_decay_iters={s.lr_decay_iters}; lower cooldown_iters')
 
 
-def check_optimizer(s):
-    require_at_least(s, 0, 'grad_clip', 'weight_decay', 'muon_lr')
-    for name in ('beta1', 'beta2', 'dropout', 'ema_decay'):
-        value = getattr(s, name)
-        require(0 <= value < 1, f'{name}={value} must be at least 0 and below 1')
-    require(s.muon_lr == 0 or s.learning_rate > 0,
-            'muon_lr requires a learning_rate above 0 for the parameters that are not matrices')
-
-
 def check_batches(s, world_size):
-    require_at_least(s, 1, 'batch_size', 'block_size')
     require(s.batch_size * s.block_size <= 2**30,
             f'batch_size={s.batch_size} with block_size={s.block_size} would run out of memory; '
             'lower batch_size')
@@ -140,7 +137,7 @@ def check_micro_batches(s, world_size):
             f'of processes, {world_size}; each process requires a micro-batch')
 
 
-def check_processes(s, device_type, ddp, local_world_size):
+def check_processes(s, device_type, ddp):
     require(s.backend in ('nccl', 'gloo'),
             f"backend={s.backend!r} must be 'auto', 'nccl' or 'gloo'")
     if ddp:
@@ -149,6 +146,7 @@ def check_processes(s, device_type, ddp, local_world_size):
         require(device_type != 'mps', 'several processes cannot share an Apple GPU; --device=cpu')
     if device_type == 'cuda':
         num_gpus = torch.cuda.device_count()
+        local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         # some launchers show each process its own GPU alone
         require(local_world_size <= num_gpus or num_gpus == 1,
                 f'{local_world_size} processes on a machine with {num_gpus} GPUs; set '
@@ -176,7 +174,7 @@ def check_output(s):
     require(s.eval_only or os.access(s.out_dir, os.W_OK), f'out_dir={s.out_dir} is not writable')
 
 
-def check_fit(model, source, checkpoint, data, meta, settings):
+def check_fit(model, source, checkpoint, data, vocab_size, record, settings):
     """
     The rules for a model and its dataset.
 
@@ -185,28 +183,27 @@ def check_fit(model, source, checkpoint, data, meta, settings):
         source: the ModelSource that it comes from
         checkpoint: dict; None if it was not loaded from a checkpoint
         data: {split: token ids}
-        meta: of the dataset, or None
+        vocab_size, record: of the dataset, and of its tokenizer or None
         settings: dict of train.py's settings
     """
     dataset = settings['dataset']
     block_size = settings['block_size']
-    record = tokenizer_record(meta)
+    is_gpt2 = record == {'kind': 'gpt2'}  # whose padded size a model need not have
     if checkpoint is not None and checkpoint.get('tokenizer'):
         require(checkpoint['tokenizer'] == record,
                 f'the vocabulary of {source.name} differs from that of dataset={dataset}; set '
                 'the --dataset that it was trained on')
     num_needed = max(largest_id(ids) + 1 for ids in data.values())
-    if meta is not None:
-        num_needed = max(num_needed, meta['vocab_size'])
-    vocab_size = model.config.vocab_size
-    require(vocab_size >= num_needed,
-            f'{source.name} has a vocabulary of {vocab_size}, and dataset={dataset} needs '
-            f'{num_needed}')
+    if not is_gpt2:
+        num_needed = max(num_needed, vocab_size)
+    require(model.config.vocab_size >= num_needed,
+            f'{source.name} has a vocabulary of {model.config.vocab_size}, and dataset={dataset} '
+            f'needs {num_needed}')
     context = model.config.block_size
     require(block_size <= context,
             f'block_size={block_size} is more than the {context} of {source.name}; set '
             f'--block_size={context}')
-    if source.kind != 'huggingface' or meta is None or not has_tokenizer(source.name):
+    if source.kind != 'huggingface' or is_gpt2 or not has_tokenizer(source.name):
         return
     tokens = tokens_of(record)
     require(not tokens or tokens == tokens_of(hf_record(source.name)),
@@ -226,8 +223,6 @@ def check_sample(settings):
     require(0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0')
     require(0 < s.top_p <= 1, f'top_p={s.top_p} must be above 0 and at most 1, which disables it')
     require(0 <= s.min_p <= 1, f'min_p={s.min_p} must be from 0, which disables it, to 1')
-    require(0 < s.repetition_penalty < float('inf'),
-            f'repetition_penalty={s.repetition_penalty} must be above 0; 1.0 disables it')
     require(s.past_block in ('exact', 'half'),
             f"past_block={s.past_block!r} must be 'exact' or 'half'")
     require(s.quantize in ('', 'int8'), f"quantize={s.quantize!r} must be 'int8', or '' for none")

@@ -7,7 +7,7 @@ Not here: the prompt and the loop over the tokens (generation.py), and the model
 """
 import torch
 
-from components.generation import penalize, sample_from_finite_logits
+from components.generation import sample_token
 
 SMALLEST_CACHE = 256  # tokens
 WARM_UP_STEPS = 3     # before a capture: the first steps select kernels and allocate workspaces
@@ -31,9 +31,7 @@ class StaticDecoder:
         cache: a StaticKVCache for each block
         token: int64 (B,), the last token; -1 if its logits were not finite
         position: int64 (1,), its place in the cache
-        pad: int64 (B,), the number of padding tokens that each row begins with
         random_numbers: (B,) in [0, 1), which decide the next token
-        seen: bool (B, vocab_size), the tokens that a row already has
 
     Args:
         model: a GPT
@@ -58,20 +56,17 @@ class StaticDecoder:
         return min(size, self.model.config.block_size)
 
     @torch.inference_mode()
-    def start(self, tokens, cache, size, pad, settings):
+    def start(self, token, cache, settings):
         """
         Copies the state of a batch whose prompts the model has read.
 
         Args:
-            tokens: int64 (B, n), the prompts and a first sampled token, which is not in the cache
-            cache: a KVCache for each block
-            size: the number of tokens that the cache has to hold later
-            pad: int64 (B,), the padding in the cache, or None
-            settings: dict(vocab_size, repetition_penalty, filters) as next_tokens() has them;
-                `filters` is a dict of arguments for sample_from_finite_logits()
+            token: int64 (B,), the first sampled token, which is not in the cache
+            cache: a KVCache for each block, as large as it has to be for the last token
+            settings: dict of arguments for sample_token()
         """
-        B = len(tokens)
-        size = self.cache_size(size)
+        B = len(token)
+        size = self.cache_size(cache[0].size)
         if self.made_for != (B, size, settings):
             self.allocate(B, size, cache)
             self.settings = settings
@@ -81,12 +76,8 @@ class StaticDecoder:
 
         for static_cache, layer_cache in zip(self.cache, cache):
             static_cache.load(layer_cache)
-        self.token.copy_(tokens[:, -1])
+        self.token.copy_(token)
         self.position.fill_(cache[0].length)
-        self.pad.zero_()
-        if pad is not None:
-            self.pad.copy_(pad)
-        self.seen.zero_().scatter_(1, tokens, True)
 
     @torch.inference_mode()
     def next_token(self, random_numbers):
@@ -104,23 +95,9 @@ class StaticDecoder:
     def step(self):
         """ Reads the last token and samples the next one, without a synchronization. """
         last_token = self.token.clamp(min=0)[:, None]                       # (B, 1)
-        positions = (self.position - self.pad)[:, None]                     # (B, 1)
-        size = self.cache[0].k.shape[2]
-        keys = torch.arange(size, device=self.pad.device)                   # (S,)
-        mask = (keys <= self.position) & (keys >= self.pad[:, None])        # (B, S)
-        x = self.model.hidden_states(last_token, positions, mask[:, None, None], self.cache)
+        x = self.model.hidden_states(last_token, self.position, self.cache)  # (B, 1, C)
         logits = self.model.lm_head(x)[:, -1].float()                       # (B, vocab_size)
-
-        penalty = self.settings['repetition_penalty']
-        if penalty != 1:
-            logits = torch.where(self.seen, penalize(logits, penalty), logits)
-        logits = logits[:, :self.settings['vocab_size']]
-        is_finite = logits.amax(dim=-1).isfinite()                          # (B,)
-        token = sample_from_finite_logits(logits, self.random_numbers, static_shapes=True,
-                                          **self.settings['filters'])       # (B,)
-        if penalty != 1:
-            self.seen.scatter_(1, token[:, None], True)
-        self.token.copy_(token.masked_fill(~is_finite, -1))
+        self.token.copy_(sample_token(logits, self.random_numbers, **self.settings))
         self.position.add_(1)
 
     def allocate(self, B, size, cache):
@@ -131,10 +108,7 @@ class StaticDecoder:
         device = cache[0].k.device
         self.token = torch.zeros(B, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.pad = torch.zeros(B, dtype=torch.long, device=device)
         self.random_numbers = torch.zeros(B, device=device)
-        vocab_size = self.model.config.vocab_size
-        self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
         self.cache = [StaticKVCache(layer_cache, size, self.position) for layer_cache in cache]
 
     def capture(self):

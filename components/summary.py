@@ -1,0 +1,152 @@
+"""
+The lines that train.py prints before and after a run.
+
+Not here: the lines of an iteration (train.py), log.csv (log.py).
+"""
+import math
+import os
+from datetime import timedelta
+from types import SimpleNamespace
+
+from components.checkpoint import find_checkpoint
+from components.device import describe_compile, has_bfloat16, peak_flops
+from components.distributed import print_master
+from components.settings import tokens_per_iter
+from components.tokenizer import get_tokenizer
+
+
+def print_opening(config_overrides, *args, **kwargs):
+    """ Prints the settings that are not at their defaults, and opening_lines(). """
+    for line in [*config_overrides, *opening_lines(*args, **kwargs)]:
+        print_master(line)
+
+
+def opening_lines(config, source, progress, model, optimizers, num_train_tokens):
+    """
+    What a run starts from and what it will do.
+
+    Args:
+        config: dict of settings, without 'auto'
+        source: the ModelSource that the model comes from
+        progress: the Progress of the run
+        model: the GPT
+        optimizers: {name: optimizer}
+        num_train_tokens: size of the training split
+    """
+    num_processes = int(os.environ.get('WORLD_SIZE', 1))
+    s = SimpleNamespace(**config)
+    yield from lines_about_start(s, source, progress)
+    processes = '1 process'
+    if num_processes > 1:
+        processes = f'{num_processes} processes over {s.backend}'
+    names = ' and '.join(type(optimizer).__name__ for optimizer in optimizers.values())
+    yield f'tokens per iteration will be: {tokens_per_iter(config):,}'
+    yield f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
+    yield str(model.config)
+    yield f'device: {s.device}, {s.dtype}, {describe_compile(s.compile)}, {processes}, {names}'
+
+    peak, peak_source = peak_flops(s.device.partition(':')[0], s.dtype)
+    yield f'mfu is measured against {peak / 1e12:.2f} TFLOP/s, from {peak_source}'
+    is_native = s.dtype == 'float32' or (s.dtype == 'bfloat16' and has_bfloat16())
+    if s.device == 'cpu' and not is_native:
+        yield f'NOTE: this CPU emulates {s.dtype}, perhaps slowly; --dtype=float32 is native'
+    num_iters = s.max_iters - progress.iter_num
+    if num_iters <= 0 or s.eval_only:
+        return
+    yield from notes_on_schedule(s)
+    num_tokens = num_iters * tokens_per_iter(config)
+    epochs = num_tokens / num_train_tokens
+    seconds = num_tokens * model.flops_per_token(s.block_size) / (0.3 * peak * num_processes)
+    yield (f'{num_iters:,} iterations: {num_tokens:,} tokens, {epochs:.3g} epochs, about '
+           f'{timedelta(seconds=round(seconds))} at an mfu of 30%, plus evaluations')
+    yield f'checkpoints and log.csv go to {s.out_dir}'
+
+
+def lines_about_start(s, source, progress):
+    if s.init_from == 'auto':
+        yield f'init_from=auto: {source.kind}'
+    if source.kind == 'resume':
+        yield f'resuming {source.name} at iteration {progress.iter_num:,}, {best_loss(progress)}'
+        return
+    if source.kind != 'scratch':
+        yield f'starting from the weights of {source.name}'
+    if not s.eval_only and find_checkpoint(s.out_dir).exists():
+        yield (f'the first save will replace the checkpoint of an earlier run in {s.out_dir}; '
+               '--init_from=resume continues that run')
+
+
+def notes_on_schedule(s):
+    """ Lines, if the run ends before the learning rate has risen or decayed. """
+    if s.decay_lr and s.warmup_iters >= s.max_iters:
+        yield (f'NOTE: the whole run is warmup: warmup_iters={s.warmup_iters} and '
+               f'max_iters={s.max_iters}')
+    if s.decay_lr and s.max_iters < s.lr_decay_iters:
+        yield (f'NOTE: the learning rate decays until lr_decay_iters={s.lr_decay_iters}, and '
+               f'training ends at max_iters={s.max_iters}; --lr_decay_iters={s.max_iters} '
+               'completes the decay')
+
+
+def best_loss(progress):
+    """ The best validation loss and where it was measured. """
+    text = f'best val loss {progress.best_val_loss:.4f}'
+    if progress.best_val_iter is not None:
+        text += f' at step {progress.best_val_iter}'
+    return text
+
+
+def closing_line(config, progress, checkpoints, stop, clock):
+    """
+    What a run did, and the next command.
+
+    Args:
+        config: dict of settings
+        progress: the Progress of the run
+        checkpoints: its Checkpoints
+        stop: its StopConditions
+        clock: its Clock
+    """
+    iter_num = progress.iter_num
+    if checkpoints.error:
+        outcome = f'NOT SAVED: {checkpoints.error}'
+    elif not stop.reason:
+        outcome = f'try: python sample.py --out_dir={config["out_dir"]}'
+    elif checkpoints.saved_iter == 0:
+        outcome = 'NOT SAVED'
+    else:
+        outcome = f'--init_from=resume continues from iteration {checkpoints.saved_iter:,}'
+    if stop.num_skipped_steps > 0:
+        outcome += (f', with a learning_rate below {config["learning_rate"]}, or with '
+                    '--dtype=float32')
+    if stop.reason:
+        return f'{stop.reason} at iteration {iter_num:,}; {outcome}'
+    num_iters = iter_num - clock.first_iter
+    if num_iters == 0:
+        return (f'nothing to do: iteration {iter_num} is not below '
+                f'max_iters={config["max_iters"]}, or early_stopping has ended this run')
+    duration = timedelta(seconds=round(clock.seconds_of_process()))
+    return f'{num_iters:,} iterations in {duration}, {best_loss(progress)}; {outcome}'
+
+
+def perplexity_and_bits_per_byte(loss, record, ids):
+    """
+    A loss in other units, for a message: perplexity, and if the tokenizer is known bits per byte
+    of text. End-of-text tokens are not text, though they cost bits.
+
+    Args:
+        loss: in nats per token
+        record: of the tokenizer, or None
+        ids: token ids of the split
+    """
+    perplexity = math.exp(min(loss, 700))  # exp(710) overflows
+    message = f'perplexity {perplexity:.4g} per token'
+    if record is None:
+        return message
+    try:
+        tokenizer = get_tokenizer(record)
+    except OSError:  # no network
+        return message
+    ids = ids[:2**20].tolist()  # enough to estimate the bytes per token
+    text = tokenizer.decode([i for i in ids if i != tokenizer.end_of_text])
+    num_bytes = max(1, len(text.encode()))
+    bits = loss / math.log(2) * len(ids)
+    return f'{message}, {bits / num_bytes:.4f} bits per byte'
