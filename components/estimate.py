@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from components.device import GPU_MEMORY, GPU_PEAKS, peak_flops
 from components.optim import MOMENTS, configure_optimizers
-from components.functional import MAX_ATTENTION_MATRIX, MAX_LOGITS, loss_chunk_size
+from model import MAX_ATTENTION_MATRIX, MAX_LOGITS, loss_chunk_size
 
 FLOAT32 = 4  # bytes of a number
 ASSUMED_MFU = 0.4  # of a good run on a GPU, while it waits for no other
