@@ -244,13 +244,11 @@ def check_bench(settings):
     """ The rules for bench.py. """
     s = SimpleNamespace(**settings)
     check_common(s)
-    require(s.mode in ('step', 'compare', 'sample', 'estimate'),
-            f"mode={s.mode!r} must be 'step', 'compare', 'sample' or 'estimate'")
+    require(s.mode in ('step', 'sample', 'estimate'),
+            f"mode={s.mode!r} must be 'step', 'sample' or 'estimate'")
     require_at_least(s, 1, 'max_new_tokens', 'batch_size', 'gradient_accumulation_steps',
                      'max_iters', 'processes')
     require_at_least(s, 0, 'muon_lr')
-    require(0 < s.interconnect < float('inf'),
-            f'interconnect={s.interconnect} must be above 0, in GB/s')
     if s.mode == 'estimate':
         require(s.processes > 1 or not s.fsdp,
                 'fsdp=True requires several processes; set --processes=N')
