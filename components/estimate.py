@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from components.device import GPU_MEMORY, GPU_PEAKS, describe_compile, peak_flops
-from model import MAX_ATTENTION_MATRIX, MAX_LOGITS, loss_chunk_size
+from components.functional import MAX_ATTENTION_MATRIX, MAX_LOGITS, loss_chunk_size
 
 FLOAT32 = 4  # bytes of a number
 ASSUMED_MFU = 0.4  # of a good run on GPUs, communication included
