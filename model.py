@@ -45,36 +45,26 @@ class GPTConfig:
             raise ValueError(f'dropout={self.dropout} must be at least 0 and below 1')
         if self.gelu not in ('exact', 'tanh'):
             raise ValueError(f"gelu={self.gelu!r} must be 'exact' or 'tanh'")
-        head_size = self.n_embd // self.n_head
-        if self.rotary and head_size % 2 != 0:
-            raise ValueError(f'n_embd={self.n_embd} / n_head={self.n_head} must be even with '
-                             'rotary=True')
+        if self.rotary and self.n_embd // self.n_head % 2 != 0:
+            raise ValueError(f'n_embd={self.n_embd} / n_head={self.n_head} must be even for RoPE')
+
+
+class RMSNorm(nn.Module):
+    """ RMSNorm without weights (arXiv 1910.07467). """
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def make_norm(config):
-    """ LayerNorm (arXiv 1607.06450) with or without biases, or RMSNorm without weights. """
+    """ RMSNorm, or LayerNorm (arXiv 1607.06450) with or without biases. """
     if config.rmsnorm:
         return RMSNorm()
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
-class RMSNorm(nn.Module):
-    """ rms_norm() as a module. """
-
-    def forward(self, x):
-        return rms_norm(x)
-
-
-def rms_norm(x):
-    """ RMSNorm without weights (arXiv 1910.07467): (..., n) -> (..., n). """
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
-
-
 def rope_cos_sin(num_positions, head_size, base=10000):
-    """
-    cos and sin for apply_rope(), each (num_positions, head_size). The last dimension holds every
-    angle twice. The frequencies are from 1 to nearly 1 / base radians per position.
-    """
+    """ cos and sin for apply_rope(), (num_positions, head_size) each: every angle twice. """
     frequencies = base ** -(torch.arange(0, head_size, 2) / head_size)      # (hs/2,)
     angles = torch.outer(torch.arange(num_positions), frequencies)          # (T, hs/2) radians
     angles = torch.cat((angles, angles), dim=-1)                            # (T, hs)
@@ -84,8 +74,8 @@ def rope_cos_sin(num_positions, head_size, base=10000):
 def apply_rope(x, cos, sin):
     """
     Rotary position embeddings (RoPE, arXiv 2104.09864): rotates each pair (x[i], x[i + hs/2]) of
-    x (..., T, hs) by minus the angle of its position; cos and sin are (T, hs). The product of a
-    rotated query and a rotated key depends only on the distance between their positions.
+    x (..., T, hs) by minus the angle of its position, so that the product of a query and a key
+    depends only on the distance between their positions.
     """
     x1, x2 = x.chunk(2, dim=-1)                                             # (..., T, hs/2)
     return torch.addcmul(x * cos, torch.cat((x2, -x1), dim=-1), sin)  # x * cos + (x2, -x1) * sin
@@ -93,21 +83,18 @@ def apply_rope(x, cos, sin):
 
 class CausalSelfAttention(nn.Module):
     """
-    Multi-head attention (arXiv 1706.03762) to the same and all earlier positions.
-
-    forward() takes x (B, T, C) and, from GPT.hidden_states():
-        rope: cos and sin of the positions, (T, hs) each, or None without RoPE
-        mask: bool (T, S), which of S keys each query attends to; None: those up to its own, of T
-        cache: a KVCache with the keys and values of earlier tokens, which those of x extend
+    Multi-head attention (arXiv 1706.03762) of T queries to S keys, with the arguments that
+    GPT.hidden_states() makes for all layers: cos and sin of the positions, (T, hs) each, for RoPE,
+    and a mask, bool (T, S). A cache has the keys and values of the S - T earlier tokens.
     """
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope=None, mask=None, cache=None):
         qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))             # (B, T, 3, nh, hs)
@@ -115,11 +102,8 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q = apply_rope(q, *rope)
             k = apply_rope(k, *rope)
-        if self.qk_norm:
-            q = rms_norm(q)
-            k = rms_norm(k)
-        q = q.type_as(v)  # cos and sin are in float32
-        k = k.type_as(v)
+        q = self.qk_norm(q).type_as(v)  # RoPE makes it float32
+        k = self.qk_norm(k).type_as(v)
         if cache is not None:
             k, v = cache.extend(k, v)                                       # (B, nh, S, hs)
         dropout_p = self.dropout if self.training else 0.0
@@ -173,6 +157,7 @@ class GPT(nn.Module):
         self.transformer['wte'] = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rotary:
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        self.embedding_norm = RMSNorm() if config.rmsnorm else nn.Identity()
         self.transformer['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer['ln_f'] = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -187,10 +172,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """
-        GPT-2's initialization. The std of the 2 * n_layer projections into the residual stream is
-        lower, so that the variance of their sum does not depend on n_layer.
-        """
+        """ GPT-2's. The sum of 2 * n_layer projections has the same variance for any n_layer. """
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -203,16 +185,12 @@ class GPT(nn.Module):
         """
         Args:
             idx: int64 (B, T), token ids
-            targets: int64 (B, T), the token that follows each position; the loss ignores -1
+            targets: int64 (B, T), the token that follows each position; -1 is ignored by the
+                loss, the mean cross-entropy in nats per token
             cache: KVCaches from new_cache(), extended by idx
-            return_logits: False to train or evaluate: with targets, None is returned instead of
-                logits, which are the largest tensor of a training step
+            return_logits: False to save the memory of the logits where there are targets
 
-        Returns:
-            logits, and the mean cross-entropy in nats per token
-
-        Raises:
-            ValueError: more than block_size tokens, those in the cache included
+        Raises ValueError for more than block_size tokens, those in the cache included.
         """
         start = cache[0].length if cache else 0
         end = start + idx.shape[1]
@@ -226,22 +204,11 @@ class GPT(nn.Module):
 
         loss = F.linear_cross_entropy(
             x.flatten(0, 1), self.lm_head.weight, targets.flatten(), ignore_index=-1)
-        logits = None
-        if return_logits:
-            logits = self.lm_head(x)                                        # (B, T, vocab_size)
+        logits = self.lm_head(x) if return_logits else None                 # (B, T, vocab_size)
         return logits, loss
 
     def hidden_states(self, idx, positions, cache=None):
-        """
-        What lm_head multiplies: the output of the last block, after its norm.
-
-        Args:
-            idx: int64 (B, T), token ids
-            positions: int64 (T,), the place of each token in its sequence
-            cache: a cache for each block, as in CausalSelfAttention
-
-        Returns: (B, T, C)
-        """
+        """ Token ids (B, T) at positions (T,), a cache for each block -> (B, T, C) for lm_head. """
         mask = self.attention_mask(positions, cache)
         x = self.transformer.wte(idx)                                       # (B, T, C)
         rope = None
@@ -249,8 +216,7 @@ class GPT(nn.Module):
             rope = self.cos[positions], self.sin[positions]                 # (T, hs)
         else:
             x = x + self.transformer.wpe(positions)
-        if self.config.rmsnorm:
-            x = rms_norm(x)
+        x = self.embedding_norm(x)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             layer_cache = cache[i] if cache else None
@@ -262,14 +228,11 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def attention_mask(self, positions, cache=None):
-        """
-        Which keys each token attends to, those at its own and all earlier positions: bool (T, S).
-        None if the only keys are those of the T tokens: attention knows a causal mask without that.
-        """
+        """ Which keys a token attends to, those up to its own position: bool (T, S). """
         T = len(positions)
         S = cache[0].num_keys(T) if cache else T
         if S == T:
-            return None
+            return None  # is_causal=True says the same
         keys = torch.arange(S, device=positions.device)                     # (S,)
         return keys <= positions[:, None]                                   # (T, S)
 
@@ -281,16 +244,12 @@ class GPT(nn.Module):
             self.cos = self.cos[:block_size]
             self.sin = self.sin[:block_size]
         else:
-            wpe = self.transformer.wpe
-            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
-            wpe.num_embeddings = block_size
+            weight = self.transformer.wpe.weight[:block_size].detach().clone()
+            self.transformer['wpe'] = nn.Embedding.from_pretrained(weight, freeze=False)
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        """
-        A GPT with the weights of GPT-2, see components.huggingface.load_gpt2(). `override_args` may
-        set 'dropout', 0.0 by default. Raises ValueError for sizes that GPTConfig refuses.
-        """
+        """ A GPT with the weights of GPT-2 that components.huggingface.load_gpt2() finds. """
         from components.huggingface import load_gpt2
         override_args = override_args or {}
         assert set(override_args) <= {'dropout'}, 'only dropout can be overridden'
@@ -324,31 +283,24 @@ class GPT(nn.Module):
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
         """
-        Model FLOPs utilization (MFU) of an iteration with `fwdbwd_per_iter` sequences of block_size
-        tokens in `dt` seconds: its FLOP/s as a fraction of `peak`. By default `peak` is that of the
-        model's device, in bfloat16 on CUDA and in float32 elsewhere.
+        Model FLOPs utilization (MFU): the FLOP/s of `fwdbwd_per_iter` sequences of block_size in
+        `dt` seconds, as a fraction of `peak`, by default that of the model's device.
         """
         if peak is None:
             from components.device import peak_flops
             peak, _ = peak_flops(self.lm_head.weight.device.type)
         T = self.config.block_size
-        flops_per_iter = self.flops_per_token(T) * T * fwdbwd_per_iter
-        return flops_per_iter / dt / peak
+        return self.flops_per_token(T) * T * fwdbwd_per_iter / dt / peak
 
     def new_cache(self, size):
         """ An empty KV cache for `size` tokens: one KVCache for each block. """
         return [KVCache(size) for _ in self.transformer.h]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None,
-                 **options):
-        """
-        Samples max_new_tokens tokens for each row of idx (B, T), one after another ->
-        (B, T + max_new_tokens). `options` are those of components.generation.next_tokens().
-        """
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+        """ Continues each row of idx (B, T) by next_tokens() -> (B, T + max_new_tokens). """
         from components.generation import next_tokens
-        new_tokens = next_tokens(self, idx, max_new_tokens, temperature, top_k, vocab_size,
-                                 **options)
+        new_tokens = next_tokens(self, idx, max_new_tokens, temperature, top_k, **options)
         columns = [tokens[:, None] for tokens in new_tokens]                # (B, 1) each
         return torch.cat((idx, *columns), dim=1)
 
@@ -359,11 +311,9 @@ class KVCache:
     def __init__(self, size):
         self.size = size
         self.length = 0  # tokens in the cache
-        self.k = None    # (B, nh, size, hs), made by the first extend()
-        self.v = None
 
     def num_keys(self, T):
-        """ The number of keys after T more tokens. """
+        """ How many keys extend() returns for T more tokens. """
         return self.length + T
 
     def extend(self, k, v):
