@@ -32,15 +32,11 @@ def load_gpt2(model_type):
     """
     Loads GPT-2's weights from the hub, or from a directory that transformers can read.
 
-    Args:
-        model_type: one of GPT2_NAMES, a directory, or 'namespace/name' on the hub
+    model_type: one of GPT2_NAMES, a directory, or 'namespace/name' on the hub
 
-    Returns:
-        dict of arguments for GPTConfig, and the weights of that GPT, {name: float32 tensor}
-
-    Raises:
-        UserError: if there is no such model, if its files are broken, or if its configuration asks
-            for what this GPT does not compute
+    Returns dict of arguments for GPTConfig, and the weights of that GPT, {name: float32 tensor}.
+    Raises UserError if there is no such model, if its files are broken, or if its configuration
+    asks for what this GPT does not compute.
     """
     name = find_name(model_type)
     hf_config = read_config(name)
@@ -142,16 +138,11 @@ def read_weights(name):
 
 def to_gpt2(model, vocab_size, end_of_text):
     """
-    Converts a GPT of the classic architecture to a GPT2LMHeadModel.
+    Converts a GPT of GPT-2's architecture to a GPT2LMHeadModel.
 
-    Args:
-        model: GPT
-        vocab_size: number of tokens of the tokenizer; embeddings of later ids, the padding, are
-            left out
-        end_of_text: id of the token that ends a text, or None
-
-    Returns:
-        GPT2LMHeadModel
+    vocab_size: number of tokens of the tokenizer; embeddings of later ids, the padding, are left
+        out
+    end_of_text: id of the token that ends a text, or None
     """
     from transformers import GPT2Config, GPT2LMHeadModel
     config = model.config
@@ -225,14 +216,8 @@ def to_nanochat(model, vocab_size, end_of_text):
 
 def to_tokenizer(record, block_size):
     """
-    Converts a tokenizer to one of transformers.
-
-    Args:
-        record: the tokenizer as plain data, see tokenizer.py
-        block_size: context length of its model
-
-    Returns:
-        PreTrainedTokenizerFast
+    Converts the record of a tokenizer (see tokenizer.py) to a PreTrainedTokenizerFast, for a model
+    of context length `block_size`.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -284,12 +269,8 @@ def gpt2_tokenizer():
 
 def model_card(checkpoint, model, name):
     """
-    Writes the text of README.md: the model's size, its loss, and the settings it was trained with.
-
-    Args:
-        checkpoint: dict of load_checkpoint
-        model: GPT
-        name: title of the card
+    The text of README.md: the size of a GPT, its loss, and the settings it was trained with.
+    `checkpoint` is the dict of load_checkpoint(), `name` the title.
     """
     config = checkpoint.get('config', {})
     lines = [

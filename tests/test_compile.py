@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from conftest import ROOT, SMALL, environment, flags
 from torch._dynamo.utils import counters
 
-import model as model_module
+from components import functional
 from components import settings as settings_module
 from components.device import missing_for_compile
 from model import GPT, GPTConfig
 
 SIZES = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False)
-RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
+FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 
 
 @pytest.fixture
@@ -45,52 +45,36 @@ def new_batch(seed):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def train_twice(model, optimizer, autocast):
-    """ Two iterations of two micro-batches -> the last loss. """
-    for iteration in range(2):
-        for index in range(2):
-            with autocast:
-                _, loss = model(*new_batch(2 * iteration + index), return_logits=False)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
-
-
-@torch.no_grad()
-def evaluate(model, autocast):
-    """ The loss of the last of two batches. """
-    model.eval()
-    for index in range(2):
-        with autocast:
-            _, loss = model(*new_batch(index), return_logits=False)
-    model.train()
-    return loss.item()
-
-
 def train_and_evaluate(args, dtype, compile=lambda model: model):
-    """ Alternates training and evaluation of a new model; yields the loss of each. """
+    """ Alternates training and evaluation of a new model; yields the loss after each. """
     torch.manual_seed(0)
     raw_model = GPT(GPTConfig(**{**SIZES, **args}))
     optimizer = torch.optim.AdamW(raw_model.parameters(), lr=1e-2)
-    autocast = torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32')
     model = compile(raw_model)
     torch.manual_seed(1)  # of dropout
-    for _ in range(2):
-        yield train_twice(model, optimizer, autocast)
-        yield evaluate(model, autocast)
+    for step in range(8):
+        training = step % 4 < 2
+        model.train(training)
+        with (torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'),
+              torch.set_grad_enabled(training)):
+            _, loss = model(*new_batch(step), return_logits=False)
+        if training:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 2 == 1:
+            yield loss.item()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-4), ('bfloat16', 1e-2)])
-@pytest.mark.parametrize('args', [
-    pytest.param(dict(), id='default'),
-    pytest.param(RECIPE, id='recipe'),
-    pytest.param(dict(dropout=0.1), id='dropout'),
+@pytest.mark.parametrize('args, dtype, tolerance', [
+    pytest.param(dict(), 'float32', 1e-4, id='default'),
+    pytest.param(FAST, 'bfloat16', 1e-2, id='fast'),
+    pytest.param(dict(dropout=0.1), 'bfloat16', 1e-2, id='dropout'),
 ])
 def test_one_graph_to_train_and_one_to_evaluate(args, dtype, tolerance, graphs, monkeypatch):
     # the same random numbers with torch.compile and without
-    monkeypatch.setattr(model_module.Dropout, 'forward', torch.nn.Dropout.forward)
+    monkeypatch.setattr(functional, 'dropout', F.dropout)
     expected = list(train_and_evaluate(args, dtype))
     compile = partial(torch.compile, backend=graphs.backend, fullgraph=True)
     losses = []
@@ -103,29 +87,25 @@ def test_one_graph_to_train_and_one_to_evaluate(args, dtype, tolerance, graphs, 
 
 
 @pytest.mark.slow
-def test_logits_are_not_an_output_of_the_graph(graphs):
-    """ They would stay in memory, and the backward pass would get zeros of their size. """
-    model = GPT(GPTConfig(**SIZES))
-    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
+def test_graph_of_the_loss(graphs, monkeypatch):
+    """
+    It has no chunks. Logits are not an output: they would stay in memory, and the backward pass
+    would get zeros of their size.
+    """
+    monkeypatch.setattr(functional, 'MAX_LOGITS', 100)
+    compiled = torch.compile(GPT(GPTConfig(**SIZES)), backend=graphs.backend, fullgraph=True)
     compiled(*new_batch(0), return_logits=False)
+    losses = graphs[0].graph.find_nodes(op='call_function', target=F.cross_entropy)
+    assert len(losses) == 1
     output, = graphs[0].graph.find_nodes(op='output')
     shapes = [node.meta['example_value'].shape for node in output.args[0]]
     assert shapes == [()]
 
 
 @pytest.mark.slow
-def test_compiled_loss_is_not_in_chunks(graphs, monkeypatch):
-    monkeypatch.setattr(model_module, 'MAX_LOGITS', 100)
-    compiled = torch.compile(GPT(GPTConfig(**SIZES)), backend=graphs.backend, fullgraph=True)
-    compiled(*new_batch(0), return_logits=False)
-    losses = graphs[0].graph.find_nodes(op='call_function', target=F.cross_entropy)
-    assert len(losses) == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('settings', [
     pytest.param(dict(eval_iters=-1), id='default'),
-    pytest.param(dict(dropout=0.1, dtype='bfloat16', muon_lr=0.02, **RECIPE), id='recipe'),
+    pytest.param(dict(dropout=0.1, dtype='bfloat16', muon_lr=0.02, **FAST), id='fast'),
 ])
 def test_training_run_compiles_two_graphs(settings, graphs, script_globals, dataset, monkeypatch):
     """ With evaluations, and with accumulated gradients. """
