@@ -89,6 +89,19 @@ def save_checkpoint(path, model, optimizers=None, **fields):
 
 
 @pytest.fixture
+def limit_file_size():
+    """ limit_file_size(bytes) makes larger writes fail, as on a full disk; None ends that. """
+    resource = pytest.importorskip('resource')
+    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size or largest, largest))
+
+    yield limit
+    limit(None)
+
+
+@pytest.fixture
 def clone(tmp_path):
     """ A copy of the repository without datasets and runs -> its folder. """
     folder = tmp_path / 'clone'

@@ -271,8 +271,9 @@ def test_scale_of_float16(path, tiny, fields, scale):
 class Run:
     """ Runs that save in `out`, one after another. Their events are methods. """
 
-    def __init__(self, model, always_save):
+    def __init__(self, model, always_save, limit_file_size):
         self.model = model
+        self.limit_file_size = limit_file_size
         self.optimizers = new_optimizers(model)
         self.always_save = always_save
         self.start()
@@ -308,10 +309,10 @@ class Run:
         self.always_save = False
 
     def fill_disk(self):
-        limit_file_size(10_000)
+        self.limit_file_size(10_000)
 
     def empty_disk(self):
-        limit_file_size(None)
+        self.limit_file_size(None)
 
     def no_links(self):
         os.link = link_on_fat
@@ -329,25 +330,18 @@ def link_on_fat(path, copy):
     raise OSError('not supported')
 
 
-def limit_file_size(size):
-    resource = pytest.importorskip('resource')
-    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size or largest, largest))
-
-
 def files():
     """ {name: iteration} of the checkpoints in `out`; nothing else may be there. """
     return {path.name: read(path)['iter_num'] for path in sorted(Path('out').glob('*'))}
 
 
 @pytest.fixture
-def new_run(tiny, tmp_path, monkeypatch):
+def new_run(tiny, tmp_path, monkeypatch, limit_file_size):
     """ new_run(always_save) -> a Run. """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, 'link', os.link)
     monkeypatch.setattr(os, 'fsync', lambda descriptor: None)  # a killed process loses no writes
-    yield lambda always_save: Run(tiny, always_save)
-    limit_file_size(None)
+    return lambda always_save: Run(tiny, always_save, limit_file_size)
 
 
 @pytest.mark.parametrize('always_save, events, best, last', [
