@@ -34,7 +34,6 @@ class StopConditions:
     Attributes:
         reason: why the run ends, or '' while it goes on
         exit_code: of the process, 0 while the run goes on
-        is_interrupted: whether a signal is the reason
     """
 
     def __init__(self, device, scaler, max_skipped_steps):
@@ -48,7 +47,6 @@ class StopConditions:
         self.delay = 1 if device.startswith('cuda') else 0  # iterations
         self.reason = ''
         self.exit_code = 0
-        self.is_interrupted = False
 
     def listen(self):
         """
@@ -92,7 +90,6 @@ class StopConditions:
         iter_num, copy = self.unread.pop(0)
         num_signals, loss, grad_norm = copy.tolist()
         if num_signals > 0:
-            self.is_interrupted = True
             # another process may have received it
             number = self.signal_number or signal.SIGTERM
             self.reason = f'stopped by {signal.Signals(number).name}'
