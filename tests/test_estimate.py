@@ -1,7 +1,7 @@
 """ components/estimate.py, compared with real steps and files, and config/scaling.md with it. """
 import weakref
 from bisect import bisect
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -197,6 +197,7 @@ MODELS = {  # n_layer, n_head, n_embd, block_size
 }
 
 
+@cache
 def model_of_page(name):
     n_layer, n_head, n_embd, block_size = MODELS[name]
     return new_model('meta', n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False,
@@ -209,23 +210,23 @@ def sizes():
         yield name, *MODELS[name], f'{num_params:,}', f'{12 * num_params / 1e9:.1f} GB'
 
 
+def gigabytes(model, processes, activation_checkpointing, batch_size):
+    memory = estimate.memory_of_training(
+        model, batch_size, 'bfloat16', processes=processes, fsdp=processes > 1,
+        activation_checkpointing=activation_checkpointing, compile=True)
+    return sum(memory.values()) / 1e9
+
+
 def memory():
     cases = [('124M', 1, 'no'), ('350M', 1, 'no'), ('774M', 1, 'no'), ('1.5B', 1, 'no'),
              ('1.5B', 1, 'yes'), ('1.5B', 8, 'no'), ('7B', 1, 'yes'), ('7B', 8, 'no'),
              ('7B', 8, 'yes'), ('7B', 64, 'no')]
     for name, processes, checkpointing in cases:
-        model = model_of_page(name)
-
-        def gigabytes(batch_size):
-            memory = estimate.memory_of_training(
-                model, batch_size, 'bfloat16', processes=processes, fsdp=processes > 1,
-                activation_checkpointing=checkpointing == 'yes', compile=True)
-            return sum(memory.values()) / 1e9
-
+        size = partial(gigabytes, model_of_page(name), processes, checkpointing == 'yes')
         largest = []
         for capacity in (16, 24, 40, 80, 141):
-            largest.append(bisect(range(1, 1000), 0.9 * capacity, key=gigabytes))
-        yield name, processes, checkpointing, f'{gigabytes(1):.1f} GB', *largest
+            largest.append(bisect(range(1, 1000), 0.9 * capacity, key=size))
+        yield name, processes, checkpointing, f'{size(1):.1f} GB', *largest
 
 
 def time():
