@@ -180,11 +180,6 @@ def test_tokenizer_of_a_directory(here):
     assert '"cat":0' in record['json'].replace(' ', '')
 
 
-def test_tokenizer_of_a_checkpoint(tiny):
-    checkpoint = {'tokenizer': CHARACTERS, 'config': {'dataset': 'gone'}}
-    assert load_tokenizer_record(CHECKPOINT, tiny, checkpoint) == CHARACTERS
-
-
 def test_tokenizer_of_the_dataset(tiny, dataset):
     """ Checkpoints of nanoGPT have no tokenizer. """
     record = load_tokenizer_record(CHECKPOINT, tiny, {'config': {'dataset': str(dataset)}})
@@ -192,10 +187,15 @@ def test_tokenizer_of_the_dataset(tiny, dataset):
     assert {'c', 'a', 't', '\n'} <= set(record['itos'])
 
 
-@pytest.mark.parametrize('checkpoint', [{}, {'config': {}}, {'config': {'dataset': 'gone'}}])
-def test_a_large_vocabulary_is_gpt2s(checkpoint):
-    model = GPT(GPTConfig(block_size=2, vocab_size=50257, n_layer=1, n_head=1, n_embd=1))
-    assert load_tokenizer_record(CHECKPOINT, model, checkpoint) == {'kind': 'gpt2'}
+@pytest.mark.parametrize('vocab_size, checkpoint, record', [
+    (26, {'tokenizer': CHARACTERS, 'config': {'dataset': 'gone'}}, CHARACTERS),
+    (50257, {}, {'kind': 'gpt2'}),
+    (50257, {'config': {}}, {'kind': 'gpt2'}),
+    (50304, {'config': {'dataset': 'gone'}}, {'kind': 'gpt2'}),
+], ids=str)
+def test_tokenizer_of_a_checkpoint(vocab_size, checkpoint, record):
+    model = GPT(GPTConfig(block_size=2, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=1))
+    assert load_tokenizer_record(CHECKPOINT, model, checkpoint) == record
 
 
 @pytest.mark.parametrize('required', [True, False])
