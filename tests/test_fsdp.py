@@ -55,17 +55,17 @@ def test_resume_and_activation_checkpointing_are_bit_identical(tmp_path, dataset
 
 
 def test_rows_that_cannot_be_divided(tmp_path, dataset):
-    """ Matrices of 20 and 60 rows in eight parts: the last process has none of some. """
-    settings = dict(FAST, untied=False, n_embd=20, gradient_accumulation_steps=8)
+    """ Matrices of 16 and 48 rows in five parts: the last process has none of some. """
+    settings = dict(FAST, untied=False, gradient_accumulation_steps=5)
     one = train(tmp_path, dataset, **settings, out_dir='one')
-    parts = train(tmp_path, dataset, **settings, fsdp=True, processes=8)
+    parts = train(tmp_path, dataset, **settings, fsdp=True, processes=5)
     assert_equal_runs(parts, one)
     path = tmp_path / 'out/ckpt.pt'
     path_of_one = tmp_path / 'one/ckpt.pt'
     torch.testing.assert_close(load_checkpoint(path)['model'],
                                load_checkpoint(path_of_one)['model'], atol=1e-4, rtol=0)
     # tied weights and padding are not stored a second time
-    assert path.stat().st_size == pytest.approx(path_of_one.stat().st_size, abs=1500)
+    assert path.stat().st_size == pytest.approx(path_of_one.stat().st_size, abs=500)
 
 
 @pytest.mark.parametrize('eval_iters', [3, -1])
