@@ -278,7 +278,7 @@ while True:
     is_due = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
     if (should_evaluate or is_due or stop.reason) and not eval_only:
         with clock.paused():
-            checkpoints.save(progress, raw_model, optimizers, scaler, stop.is_interrupted,
+            checkpoints.save(progress, raw_model, optimizers, scaler, stop.reason != '',
                              config=config, tokenizer=tokenizer, job=job.name)
 
     # 4. end after the last update, early, on a signal, or after too many skipped steps

@@ -3,7 +3,8 @@ The checkpoints of a run: ckpt.pt, and beside it ckpt_last.pt.
 
 With always_save_checkpoint, ckpt.pt alone is the latest state of the run. Without it, ckpt_last.pt
 is the latest state, and ckpt.pt the one with the best validation loss (at a new best, a hard link
-to the same file). A run resumes from ckpt_last.pt where there is one.
+to the same file). A run resumes from ckpt_last.pt where there is one. The first save of a run
+replaces both files of an earlier run.
 
 Each is one torch.save of a dict, which any reader of the nanoGPT format can read. Keys of that
 format:
@@ -61,7 +62,7 @@ class Progress:
     tokens: int = 0                 # read
     seconds: float = 0.0            # without evaluations and saves
     loss: float | None = None       # of the batch of the latest update; perhaps a 0-d tensor
-    val_loss: float | None = None   # of the latest evaluation
+    val_loss: float | None = None   # of the model as it is now, if it was evaluated
     best_val_loss: float = math.inf
     best_val_iter: int | None = None
     run_id: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
@@ -78,15 +79,16 @@ class Progress:
         self.iter_num += 1
         self.tokens += num_tokens
         self.loss = loss
+        self.val_loss = None
 
     def latest_loss(self):
         """ `loss` as a float, or None. On a GPU this waits for the update. """
         return None if self.loss is None else float(self.loss)
 
     def is_sound(self):
-        """ Whether the latest losses are finite, if there are any. """
-        losses = [self.latest_loss(), self.val_loss]
-        return all(loss is None or math.isfinite(loss) for loss in losses)
+        """ Whether the validation loss of the model is finite, or else that of the last batch. """
+        loss = self.latest_loss() if self.val_loss is None else self.val_loss
+        return loss is None or math.isfinite(loss)
 
 # -----------------------------------------------------------------------------
 # saving
@@ -117,9 +119,9 @@ class Checkpoints:
         self.replaces_earlier_run = has_checkpoint and not is_resumed
         self.error = ''
 
-    def save(self, progress, model, optimizers, scaler, is_interrupted=False, **fields):
+    def save(self, progress, model, optimizers, scaler, is_stopping=False, **fields):
         """
-        Saves the state of the run, unless it is on disk already or a loss is not finite. All
+        Saves the state of the run, unless it is on disk already or its loss is not finite. All
         processes call this. If it fails, a warning is printed, older checkpoints stay, and training
         continues.
 
@@ -127,8 +129,8 @@ class Checkpoints:
             model: the unwrapped GPT
             optimizers: {name: optimizer}
             scaler: a torch.amp.GradScaler
-            is_interrupted: whether a signal ends the run. Then the checkpoints of an earlier run
-                stay, because no save was due yet
+            is_stopping: whether the run has to end early. Then the checkpoints of an earlier run
+                stay, because no save of this run was due yet
             fields: further keys of the checkpoint
         """
         is_best = progress.best_val_iter == progress.iter_num > 0
@@ -136,7 +138,7 @@ class Checkpoints:
         is_on_disk = progress.iter_num == self.saved_iter and not is_new_best
         if is_on_disk or not progress.is_sound():
             return
-        if broadcast(is_interrupted and self.replaces_earlier_run):
+        if broadcast(is_stopping and self.replaces_earlier_run):
             self.error = f'the first save would have replaced the run in {self.best_path.parent}'
             return
         print_master(f'saving checkpoint to {self.best_path.parent}')
@@ -162,15 +164,13 @@ class Checkpoints:
         path = self.best_path if self.always_save else self.last_path
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            temporary.unlink(missing_ok=True)  # left by an interrupted run; its space may be needed
+            temporary.unlink(missing_ok=True)  # left by an interrupted run, perhaps with a link
             try:
                 torch.save(checkpoint, temporary)
-            except RuntimeError as error:  # torch's writer, if the disk fills up or disappears
-                raise OSError(f'{path}: {error}') from None
-            if self.replaces_earlier_run:
-                self.best_path.unlink(missing_ok=True)
-                self.last_path.unlink(missing_ok=True)
-            if is_new_best and not self.always_save:
+            except RuntimeError as error:  # of torch's writer
+                reason = str(error).partition('\n')[0]
+                raise OSError(f'{path}: the disk is full or unavailable ({reason:.100})') from None
+            if not self.always_save and (is_new_best or self.replaces_earlier_run):
                 with whole_file(self.best_path) as link:
                     link_or_copy(temporary, link)
         if self.always_save:
@@ -349,6 +349,8 @@ def load_optimizers(optimizers, checkpoint, path):
     removed are dropped. Raises UserError as resume() does.
     """
     only_weights = f'--init_from={path} loads only its weights'
+    if 'training_model' in checkpoint:  # `model` is an average, which training did not continue
+        raise UserError(f'{path} is of a run with ema_decay, which is unsupported; {only_weights}')
     saved = {key for key, value in checkpoint.items()
              if isinstance(value, dict) and 'param_groups' in value}
     if not saved or type(checkpoint.get('iter_num')) is not int:

@@ -84,7 +84,8 @@ def memory_of_training(model, batch_size, dtype, muon_lr=0.0, processes=1, fsdp=
 
     stream = tokens * FLOAT32 * config.n_embd  # the residual stream, which stays in float32
     block = tokens * activations_per_layer(config, dtype)
-    loss = size_of_loss(config, tokens, dtype, compile)
+    is_loss_compiled = compile and not fsdp  # FSDP compiles attention and MLP alone
+    loss = size_of_loss(config, tokens, dtype, is_loss_compiled)
     memory['activations'] = 2 * stream  # the inputs of ln_f and lm_head
     if activation_checkpointing:
         memory['activations'] += config.n_layer * stream
@@ -106,18 +107,14 @@ def size_of_moments(model, muon_lr):
 
 def activations_per_layer(config, dtype):
     """
-    Bytes that a block saves for the backward pass for a token: the inputs of its operations. For
-    the default architecture and C = n_embd, 64 C in float32 and 46 C in 16 bits (counted for
-    Megatron in arXiv 2205.05198).
+    Bytes that a block saves for the backward pass for a token: the inputs of its operations (as
+    arXiv 2205.05198 counts them). For GPT-2 and C = n_embd, 64 C in float32 and 46 C in 16 bits.
     """
     C = config.n_embd
     itemsize = getattr(torch, dtype).itemsize
-    size = FLOAT32 * 2 * C      # of the norms
-    size += itemsize * C        # of c_attn
-    size += itemsize * C        # of attn.c_proj
-    size += itemsize * C        # of c_fc
-    size += itemsize * 4 * C    # of GELU
-    size += itemsize * 4 * C    # of mlp.c_proj
+    size = FLOAT32 * 2 * C        # of the norms
+    size += itemsize * 3 * C      # of c_attn, attn.c_proj and c_fc
+    size += itemsize * 2 * 4 * C  # of GELU and mlp.c_proj
     if config.dropout > 0:
         size += itemsize * 2 * C  # masks after attention and MLP
 
@@ -127,8 +124,8 @@ def activations_per_layer(config, dtype):
     size += attention_itemsize * 3 * C  # queries, keys and values
     if attention_itemsize > itemsize:
         size += FLOAT32 * C     # the output, before it is cast to 16 bits
-    if config.rotary and not is_short_bfloat16:
-        size += FLOAT32 * 2 * C  # queries and keys after RoPE
+    if config.rotary and dtype == 'float32':
+        size += FLOAT32 * 2 * C  # queries and keys before RoPE: all of c_attn's output is kept
     if config.qk_norm:
         size += FLOAT32 * 2 * C  # queries and keys before RMSNorm
     num_matrices = 1 if is_short_bfloat16 else 0  # T x T, in each head
@@ -138,12 +135,12 @@ def activations_per_layer(config, dtype):
     return size
 
 
-def size_of_loss(config, tokens, dtype, compile):
+def size_of_loss(config, tokens, dtype, is_compiled):
     """ Bytes from the logits to the loss, as the backward pass begins. """
     V = config.vocab_size
     C = config.n_embd
     itemsize = getattr(torch, dtype).itemsize
-    if compile:
+    if is_compiled:
         return 2 * itemsize * V * tokens  # logits and their gradient; the rest is fused
     if V * tokens <= MAX_LOGITS:
         return 3 * FLOAT32 * V * tokens   # log-softmax, its gradient, the gradient of the logits

@@ -34,7 +34,6 @@ class StopConditions:
     Attributes:
         reason: why the run ends, or '' while it goes on
         exit_code: of the process, 0 while the run goes on
-        is_interrupted: whether a signal is the reason
     """
 
     def __init__(self, device, scaler, max_skipped_steps):
@@ -42,13 +41,12 @@ class StopConditions:
         self.scaler = scaler
         self.max_skipped_steps = max_skipped_steps
         self.signal_number = 0  # of the first signal to this process
-        self.signal_time = 0.0
+        self.signal_time = math.inf
         self.num_skipped_steps = 0  # in a row
         self.unread = []  # (iteration, HostCopy of signals, loss and gradient norm), oldest first
         self.delay = 1 if device.startswith('cuda') else 0  # iterations
         self.reason = ''
         self.exit_code = 0
-        self.is_interrupted = False
 
     def listen(self):
         """
@@ -62,7 +60,7 @@ class StopConditions:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.signal_number and time.monotonic() - self.signal_time > GRACE_SECONDS:
+        if time.monotonic() - self.signal_time > GRACE_SECONDS:
             os._exit(128 + number)
         if self.signal_number:
             return
@@ -92,7 +90,6 @@ class StopConditions:
         iter_num, copy = self.unread.pop(0)
         num_signals, loss, grad_norm = copy.tolist()
         if num_signals > 0:
-            self.is_interrupted = True
             # another process may have received it
             number = self.signal_number or signal.SIGTERM
             self.reason = f'stopped by {signal.Signals(number).name}'

@@ -24,21 +24,25 @@ from fake_gpt2 import gpt2  # noqa: F401  a fixture
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tensors are tiny, and two threads would wait for each other
-for name in ('SIGINT', 'SIGHUP'):  # which a shell or nohup may have set to be ignored
-    number = getattr(signal, name, None)
-    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')
+           if hasattr(signal, name)]  # Windows has only some of them
+for number in SIGNALS:
+    if signal.getsignal(number) == signal.SIG_IGN:  # as a shell or nohup may have set it
         signal.signal(number, signal.SIG_DFL)
 
 from components import files  # noqa: E402
+from components.checkpoint import Progress, make_checkpoint  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-CLASSIC_MODEL_ARGS = ['bias', 'block_size', 'dropout', 'n_embd', 'n_head', 'n_layer', 'vocab_size']
+NANOGPT_MODEL_ARGS = ['bias', 'block_size', 'dropout', 'n_embd', 'n_head', 'n_layer', 'vocab_size']
 
 # a model and a run so small that a step takes a millisecond or two
 SMALL = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=1,
     eval_iters=2, eval_interval=10, max_iters=20, lr_decay_iters=20, warmup_iters=2,
     learning_rate=1e-2, min_lr=1e-3, device='cpu', compile=False, dtype='float32')
+# what the configs named _fast set, for a small run
+FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02, cooldown_iters=10)
 
 
 @pytest.fixture(scope='session')
@@ -78,6 +82,25 @@ def tiny():
     return GPT(config)
 
 
+def save_checkpoint(path, model, optimizers=None, **fields):
+    """ Writes a checkpoint of a model, with these values of its keys. """
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    torch.save(make_checkpoint(Progress(), model, optimizers or {}, scaler, fields), path)
+
+
+@pytest.fixture
+def limit_file_size():
+    """ limit_file_size(bytes) makes larger writes fail, as on a full disk; None ends that. """
+    resource = pytest.importorskip('resource')
+    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size or largest, largest))
+
+    yield limit
+    limit(None)
+
+
 @pytest.fixture
 def clone(tmp_path):
     """ A copy of the repository without datasets and runs -> its folder. """
@@ -88,7 +111,7 @@ def clone(tmp_path):
     return folder
 
 # -----------------------------------------------------------------------------
-# scripts
+# scripts in processes of their own
 
 def flags(settings):
     return [f'--{key}={value}' for key, value in settings.items()]
@@ -144,9 +167,7 @@ def train(cwd, dataset, **settings):
 
     Returns {iteration: loss}, {iteration: (train loss, val loss)}, and its output.
     """
-    processes = settings.pop('processes', None)
-    settings = {**SMALL, 'dataset': dataset, **settings}
-    out, _ = run('train.py', cwd=cwd, processes=processes, **settings)
+    out, _ = run('train.py', cwd=cwd, **{**SMALL, 'dataset': dataset, **settings})
     losses = {}
     for number, loss in re.findall(r'^iter (\d+): loss ([^,]+),', out, re.MULTILINE):
         losses[int(number)] = float(loss)
@@ -156,6 +177,8 @@ def train(cwd, dataset, **settings):
         evaluations[int(number)] = (float(train_loss), float(val_loss))
     return losses, evaluations, out
 
+# -----------------------------------------------------------------------------
+# scripts in this process
 
 @pytest.fixture
 def script_globals(monkeypatch, tmp_path):
@@ -168,14 +191,22 @@ def script_globals(monkeypatch, tmp_path):
         return names
 
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # which scripts replace
-    handlers = {}
-    for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
-        number = getattr(signal, name, None)  # Windows has only some of them
-        if number is not None:
-            handlers[number] = signal.getsignal(number)
     monkeypatch.setattr(files, '_locks', {})  # of folders that this process has locked
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield execute
     for number, handler in handlers.items():
         signal.signal(number, handler)
     for descriptor in files._locks.values():
         os.close(descriptor)
+
+
+@pytest.fixture
+def trainer(script_globals, dataset):
+    """
+    trainer(**settings) runs train.py in this process, by default without an update -> its global
+    variables.
+    """
+    def execute(**settings):
+        return script_globals(
+            'train.py', **{**SMALL, 'dataset': dataset, 'max_iters': 0, **settings})
+    return execute

@@ -20,12 +20,10 @@ import torch.distributed  # noqa: F401
 TIMEOUT = 300  # seconds
 
 
-def start(script, arguments, folder, processes=1, out=None, error=None):
+def start(script, arguments, folder, processes, out, error):
     """
-    Starts a script in a fork, or in several with the environment variables of torchrun.
-
-    Args:
-        out, error: open files for its standard output and error; None: nowhere
+    Starts a script in a fork, or in several with the environment variables of torchrun. `out` and
+    `error` are open files for its standard output and error.
 
     Returns the process ids.
     """
@@ -36,21 +34,13 @@ def start(script, arguments, folder, processes=1, out=None, error=None):
         pid = os.fork()
         if pid == 0:
             if processes > 1:
-                set_torchrun_variables(rank, processes, port)
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                    LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1',
+                    MASTER_PORT=str(port))
             run(script, arguments, folder, out, error)
         pids.append(pid)
     return pids
-
-
-def set_torchrun_variables(rank, processes, port):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(processes),
-        LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
 
 
 def wait(pids):
@@ -76,7 +66,9 @@ def run(script, arguments, folder, out, error):
     signal.alarm(TIMEOUT)  # a script that hangs is ended
     code = 1
     try:
-        redirect_streams(out, error)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out.fileno(), 1)
+        os.dup2(error.fileno(), 2)
         os.chdir(folder)
         run_sitecustomize()
         sys.argv = [script, *map(str, arguments)]
@@ -91,14 +83,6 @@ def run(script, arguments, folder, out, error):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def redirect_streams(out, error):
-    """ Standard input from nowhere, standard output and error into open files. """
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 0)
-    os.dup2(out.fileno() if out else nowhere, 1)
-    os.dup2(error.fileno() if error else nowhere, 2)
 
 
 def run_sitecustomize():

@@ -4,11 +4,11 @@ were never killed.
 
     python tests/kill_and_resume.py --rounds=100 --seed=0
 
-A round is one of several kinds of run: in one process or two; always saving, or only the best; in
-float32, or in float16 with its scaler; sharded, with Muon; with averaged weights, windows without
+A round is one of several kinds of run: in one process or two; with always_save_checkpoint or
+without; in float32, or in float16 with its scaler; sharded, with Muon; with windows without
 replacement and early stopping; some with slow saves, so that kills hit these as well. The run is
-killed one to three times, then left to end. Its checkpoints must be bit-identical to those of the
-same run without kills, and its log.csv the same but for the times.
+killed one to three times, then left to end. Each of its files must hold what that of the same run
+without kills holds: checkpoints bit-identical, and log.csv the same but for the times.
 """
 import csv
 import os
@@ -26,9 +26,6 @@ import torch
 
 torch.set_num_threads(1)  # forks cannot use OpenMP threads that were started before
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from components.checkpoint import newest_checkpoint  # noqa: E402
 
 
 class Kind(NamedTuple):
@@ -41,8 +38,8 @@ BEST = dict(always_save_checkpoint=False)
 LATEST = dict(always_save_checkpoint=True)
 FLOAT16 = dict(dtype='float16', n_layer=1)
 FSDP = dict(fsdp=True, activation_checkpointing=True, muon_lr=0.02, gradient_accumulation_steps=4)
-AVERAGED = dict(ema_decay=0.9, without_replacement=True, early_stopping=1, eval_interval=1,
-                learning_rate=0.05)  # with which the run stops early
+EPOCHS = dict(without_replacement=True, early_stopping=1, eval_interval=1,
+              learning_rate=0.05)  # with which the run stops early
 KINDS = [
     Kind(1, 0.1, BEST),
     Kind(2, 0, BEST),
@@ -51,7 +48,7 @@ KINDS = [
     Kind(1, 0.1, {**LATEST, **FLOAT16}),
     Kind(2, 0.1, LATEST),
     Kind(2, 0.1, {**BEST, **FSDP}),
-    Kind(1, 0.1, {**BEST, **AVERAGED}),
+    Kind(1, 0.1, {**BEST, **EPOCHS}),
 ]
 SETTINGS = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=3,
@@ -133,12 +130,8 @@ def play_rounds(n, folder, seed):
 
 def differences(a, b):
     """ What differs between two folders of runs, bit by bit, but for names of runs and times. """
-    names = ['ckpt.pt', 'ckpt_last.pt']
-    was_killed_before_removal = (a / 'ckpt_last.pt').exists() and not (b / 'ckpt_last.pt').exists()
-    if was_killed_before_removal and newest_checkpoint(a) == a / 'ckpt.pt':
-        names.remove('ckpt_last.pt')  # it is older than ckpt.pt, and nothing reads it
     found = []
-    for name in names:
+    for name in ('ckpt.pt', 'ckpt_last.pt'):
         found += checkpoint_differences(a / name, b / name)
     return found + log_differences(a / 'log.csv', b / 'log.csv')
 
@@ -151,8 +144,8 @@ def checkpoint_differences(a, b):
     x = torch.load(a, weights_only=True)
     y = torch.load(b, weights_only=True)
     found = []
-    keys = ('model', 'training_model', 'optimizer', 'muon', 'scaler', 'iter_num', 'best_val_loss',
-            'best_val_iter', 'tokens', 'loss')
+    keys = ('model', 'optimizer', 'muon', 'scaler', 'iter_num', 'best_val_loss', 'best_val_iter',
+            'tokens', 'loss')
     for key in keys:
         try:
             torch.testing.assert_close(x.get(key), y.get(key), rtol=0, atol=0)

@@ -1,7 +1,4 @@
-"""
-What the tests of signals and of several processes share: train.py in the background, and code that
-scripts run before their own.
-"""
+""" train.py in the background, and code that scripts run before their own. """
 import signal
 import subprocess
 import sys
@@ -47,8 +44,7 @@ def read_until(process, text):
 def worker_pids(process):
     """ The process ids of torchrun's workers. """
     command = ['pgrep', '-P', str(process.pid), '-f', 'train.py']
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return [int(pid) for pid in done.stdout.split()]
+    return [int(pid) for pid in subprocess.check_output(command).split()]
 
 
 def run_first(code, folder, monkeypatch):

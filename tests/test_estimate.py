@@ -1,17 +1,17 @@
 """ components/estimate.py, compared with real steps and files, and config/scaling.md with it. """
-import re
 import weakref
+from bisect import bisect
+from functools import cache, partial
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run
+from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as loss_module
-from components import estimate
+from components import estimate, functional
 from components.device import GPU_MEMORY, GPU_PEAKS
 from components.optim import clip_and_step, configure_optimizers
 from model import GPT, GPTConfig
@@ -99,7 +99,7 @@ def test_total_is_the_peak_of_two_micro_batches(dtype, architecture, settings, m
         model = new_model(**architecture)
         model.activation_checkpointing = settings.get('activation_checkpointing', False)
         num_logits = BATCH_SIZE * model.config.block_size * model.config.vocab_size
-        for module in (loss_module, estimate):
+        for module in (functional, estimate):
             monkeypatch.setattr(module, 'MAX_LOGITS', num_logits // num_chunks)
         optimizers = configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), 'cpu',
                                           settings.get('muon_lr', 0.0))
@@ -112,3 +112,154 @@ def test_total_is_the_peak_of_two_micro_batches(dtype, architecture, settings, m
             clip_and_step(optimizers, scaler, model.parameters(), loss)
     memory = estimate.memory_of_training(model, BATCH_SIZE, dtype, **settings)
     assert sum(memory.values()) == pytest.approx(live.peak, rel=0.1)
+
+
+def test_what_several_processes_divide():
+    memory = partial(estimate.memory_of_training, new_model('meta'), 1, 'float32')
+    alone = memory()
+    assert memory(processes=4) == {**alone, 'buckets of DDP': alone['gradients']}
+    fsdp = memory(processes=4, fsdp=True)
+    for name in ('weights', 'gradients', 'optimizer moments'):
+        assert fsdp[name] == alone[name] / 4
+    assert fsdp['activations'] == alone['activations']
+    block = 4 * (12 * 64**2 + 13 * 64)
+    assert fsdp['gathered by FSDP'] == 2 * (alone['weights'] - 2 * block)
+
+
+def test_compiled_logits_are_in_full():
+    """ Logits and their gradient in 16 bits; with FSDP the loss is not compiled. """
+    memory = partial(estimate.memory_of_training, new_model('meta', vocab_size=50304), 100,
+                     'bfloat16', processes=2)
+    chunks = memory()['logits and loss']
+    compiled = memory(compile=True)['logits and loss']
+    assert compiled == 2 * 2 * 50304 * 100 * 64 > chunks
+    assert memory(compile=True, fsdp=True)['logits and loss'] == chunks
+
+
+@pytest.mark.parametrize('activation_checkpointing', [False, True])
+def test_flops_of_a_real_step(activation_checkpointing):
+    model = new_model()
+    model.activation_checkpointing = activation_checkpointing
+    # FlopCounterMode does not know the CPU's own attention kernel
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(model, 'float32').backward()
+    tokens = BATCH_SIZE * 64
+    seconds = estimate.seconds_of_training(model, tokens, 1e9, 2, activation_checkpointing)
+    assert seconds * 2 * 0.4e9 == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_parameters_of_gpt2():
+    counts = estimate.parameters_by_part(new_model('meta', vocab_size=50257, block_size=1024,
+                                                   n_layer=12, n_head=12, n_embd=768))
+    assert counts['MLP'] == 12 * (8 * 768**2 + 5 * 768)
+    assert counts['lm_head'] == 0  # tied
+    assert sum(counts.values()) == 124_439_808
+
+
+@pytest.mark.parametrize('seconds, text', [
+    (0.25, '0.2 seconds'), (90, '1.5 minutes'), (3600, '1.0 hours'), (1e9, '11,574.1 days'),
+])
+def test_format_duration(seconds, text):
+    assert estimate.format_duration(seconds) == text
+
+
+def test_report(capsys):
+    model = new_model('meta')
+    num_params = sum(p.numel() for p in model.parameters())
+    per_sequence = sum(estimate.memory_of_training(model, 10**6, 'float32').values()) / 10**6
+    settings = dict(batch_size=int(37e9 / per_sequence), gradient_accumulation_steps=5,
+                    max_iters=1000, device='cpu', dtype='float32', compile=False, muon_lr=0.0,
+                    processes=1, fsdp=False, activation_checkpointing=False)
+    estimate.print_estimate(model, settings)
+    out = capsys.readouterr().out
+    assert f'{num_params:,}, a checkpoint of {12 * num_params / 1e6:,.1f} MB' in out
+    tokens_per_iter = 5 * settings['batch_size'] * 64
+    assert f'an iteration: {tokens_per_iter:,} tokens' in out
+    rows = {line[2:16].strip(): line for line in out.splitlines()}
+    assert 'this machine' in rows
+    for gpu, peak in GPU_PEAKS.items():
+        for tokens in (1000 * tokens_per_iter, 20 * num_params):
+            seconds = estimate.seconds_of_training(model, tokens, peak)
+            assert estimate.format_duration(seconds) in rows[gpu]
+        fits = 'yes' if GPU_MEMORY[gpu] > 40e9 else 'no'  # on 40 GB, less than a tenth is free
+        assert f' GB {fits:>5} ' in rows[gpu]
+
+# -----------------------------------------------------------------------------
+# config/scaling.md
+
+PAGE = (ROOT / 'config/scaling.md').read_text()
+MODELS = {  # n_layer, n_head, n_embd, block_size
+    '124M': (12, 12, 768, 1024),
+    '350M': (24, 16, 1024, 1024),
+    '774M': (36, 20, 1280, 1024),
+    '1.5B': (48, 25, 1600, 1024),
+    '7B': (32, 32, 4096, 2048),
+}
+
+
+@cache
+def model_of_page(name):
+    n_layer, n_head, n_embd, block_size = MODELS[name]
+    return new_model('meta', n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False,
+                     block_size=block_size, vocab_size=50304)
+
+
+def sizes():
+    for name in MODELS:
+        num_params = sum(p.numel() for p in model_of_page(name).parameters())
+        yield name, *MODELS[name], f'{num_params:,}', f'{12 * num_params / 1e9:.1f} GB'
+
+
+def gigabytes(model, processes, activation_checkpointing, batch_size):
+    memory = estimate.memory_of_training(
+        model, batch_size, 'bfloat16', processes=processes, fsdp=processes > 1,
+        activation_checkpointing=activation_checkpointing, compile=True)
+    return sum(memory.values()) / 1e9
+
+
+def memory():
+    cases = [('124M', 1, 'no'), ('350M', 1, 'no'), ('774M', 1, 'no'), ('1.5B', 1, 'no'),
+             ('1.5B', 1, 'yes'), ('1.5B', 8, 'no'), ('7B', 1, 'yes'), ('7B', 8, 'no'),
+             ('7B', 8, 'yes'), ('7B', 64, 'no')]
+    for name, processes, checkpointing in cases:
+        size = partial(gigabytes, model_of_page(name), processes, checkpointing == 'yes')
+        largest = []
+        for capacity in (16, 24, 40, 80, 141):
+            largest.append(bisect(range(1, 1000), 0.9 * capacity, key=size))
+        yield name, processes, checkpointing, f'{size(1):.1f} GB', *largest
+
+
+def time():
+    for name in MODELS:
+        model = model_of_page(name)
+        chinchilla = 20 * sum(p.numel() for p in model.parameters())
+        for tokens in (chinchilla, 600_000 * 40 * 12 * 1024):  # train.py's defaults
+            durations = []
+            for processes in (1, 8, 64):
+                seconds = estimate.seconds_of_training(
+                    model, tokens, GPU_PEAKS['H100'], processes)
+                durations.append(estimate.format_duration(seconds))
+            yield name, f'{tokens / 1e9:.3g} billion', *durations
+
+
+def test_tables_of_the_page():
+    expected = []
+    for row in (*sizes(), *memory(), *time()):
+        expected.append(f'| {" | ".join(map(str, row))} |')
+    rows = [line for line in PAGE.splitlines() if line.startswith('| ') and '| model' not in line]
+    assert rows == expected
+
+
+def test_numbers_in_the_text_of_the_page():
+    text = ' '.join(PAGE.split())
+    shares = []
+    for model in map(model_of_page, MODELS):
+        flops = model.flops_per_token(model.config.block_size)
+        shares.append(estimate.flops_of_recomputation(model.config) / flops)
+    peak = GPU_PEAKS['H100']
+    assert f'an MFU of {estimate.ASSUMED_MFU:.0%} ' in text
+    assert f"an H100's {peak / 1e12:.0f} TFLOP/s" in text
+    assert f'an A100 needs {peak / GPU_PEAKS["A100"]:.1f} times as long' in text
+    assert f'Checkpointing adds {100 * min(shares):.0f} to {max(shares):.0%}' in text
+    hidden_tokens = 8 / 50e9 * estimate.ASSUMED_MFU * peak / 6
+    assert f'about {round(hidden_tokens, -2):,.0f} tokens compute' in text

@@ -5,28 +5,30 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import SMALL, run, train
+from conftest import SMALL, save_checkpoint
 
-from components.checkpoint import save_checkpoint
+from components.checkpoint import load_checkpoint
 from components.distributed import Job
 from components.errors import UserError
 from components.huggingface import GPT2_NAMES
 from components.pretrained import (
     ModelSource,
     find_model,
+    find_model_of_job,
     load_model,
     load_tokenizer_record,
-    resolve_init_from,
 )
 from model import GPT, GPTConfig
 
 CHARACTERS = {'kind': 'char', 'itos': [chr(97 + i) for i in range(26)]}
+CHECKPOINT = ModelSource('checkpoint', 'ckpt.pt')
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """ An empty working directory. """
+    """ A working directory with an empty folder `out`. """
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out').mkdir()
     return tmp_path
 
 
@@ -41,13 +43,6 @@ def hf_directory(here):
     hf_model.save_pretrained('hf')
     return 'hf'
 
-
-def save(path, model, **fields):
-    """ Writes a checkpoint of `model` without optimizers -> its source. """
-    save_checkpoint(path, model, {}, **fields)
-    return ModelSource('checkpoint', str(path))
-
-
 # -----------------------------------------------------------------------------
 # find_model
 
@@ -56,13 +51,12 @@ def save(path, model, **fields):
     ('weights', 'checkpoint'),  # a file that exists
     ('missing.pt', 'checkpoint'),
     ('gpt2-xl', 'huggingface'),
-    ('folder', 'huggingface'),
+    ('out', 'huggingface'),  # a folder
     ('namespace/name', 'huggingface'),
     ('missing', 'huggingface'),
 ])
 def test_kinds_of_sources(here, init_from, kind):
     (here / 'weights').write_text('')
-    (here / 'folder').mkdir()
     assert find_model(init_from, out_dir='out') == ModelSource(kind, init_from)
 
 
@@ -72,140 +66,106 @@ def test_gpt2_is_not_a_file_of_that_name(here, name):
     assert find_model(name, out_dir='out').kind == 'huggingface'
 
 
-@pytest.mark.parametrize('best, name', [(True, 'ckpt.pt'), (False, 'ckpt_last.pt')])
-def test_resume_from_the_best_or_the_latest(here, tiny, best, name):
-    (here / 'out').mkdir()
-    save('out/ckpt.pt', tiny, iter_num=10, run_id='a')
-    save('out/ckpt_last.pt', tiny, iter_num=20, run_id='a')
-    assert find_model('resume', 'out', best) == ModelSource('resume', f'out/{name}')
+@pytest.mark.parametrize('eval_only, name', [(True, 'ckpt.pt'), (False, 'ckpt_last.pt')])
+def test_resume_from_the_best_or_the_latest(here, tiny, eval_only, name):
+    save_checkpoint('out/ckpt.pt', tiny)
+    save_checkpoint('out/ckpt_last.pt', tiny)
+    source = ModelSource('resume', f'out/{name}')
+    assert find_model('resume', 'out', best=eval_only) == source
+    assert find_model_of_job('resume', 'out', eval_only, Job()) == source
 
 
-def test_resume_without_a_checkpoint(here):
-    source = find_model('resume', 'out')
-    assert source == ModelSource('resume', 'out/ckpt.pt')
-    with pytest.raises(UserError, match='out/ckpt.pt'):
-        load_model(source)
-
-
-# -----------------------------------------------------------------------------
-# resolve_init_from
-
-@pytest.mark.parametrize('init_from', ['scratch', 'resume', 'gpt2', 'out/ckpt.pt'])
-def test_only_auto_is_resolved(here, tiny, init_from):
-    (here / 'out').mkdir()
-    save('out/ckpt.pt', tiny, job='a')
-    assert resolve_init_from(init_from, 'out', False, Job('a', restarted=False)) == init_from
-
-
-def test_auto_resumes_where_there_is_a_checkpoint(here, tiny):
-    assert resolve_init_from('auto', 'out', False, Job()) == 'scratch'
-    (here / 'out').mkdir()
-    save('out/ckpt_last.pt', tiny)
-    assert resolve_init_from('auto', 'out', False, Job()) == 'resume'
-
-
-def test_a_restarted_job_resumes_its_own_checkpoint(here, tiny):
-    restarted = Job('a', restarted=True)
-    assert resolve_init_from('gpt2', 'out', False, restarted) == 'gpt2'  # nothing is saved yet
-    (here / 'out').mkdir()
-    save('out/ckpt.pt', tiny, job='an earlier run')
-    assert resolve_init_from('gpt2', 'out', False, restarted) == 'gpt2'
-    save('out/ckpt.pt', tiny, job='a')
-    assert resolve_init_from('gpt2', 'out', False, restarted) == 'resume'
-
+@pytest.mark.parametrize('init_from, job, saved_job, kind', [
+    ('auto', Job(), None, 'scratch'),  # nothing is saved yet
+    ('auto', Job(), '', 'resume'),
+    ('scratch', Job(), '', 'scratch'),
+    ('resume', Job(), None, 'resume'),
+    # torchrun has started the job a again, which continues if the checkpoint is its own
+    ('gpt2', Job('a', restarted=True), None, 'huggingface'),
+    ('gpt2', Job('a', restarted=True), 'b', 'huggingface'),
+    ('gpt2', Job('a', restarted=True), 'a', 'resume'),
+    ('gpt2', Job('a', restarted=False), 'a', 'huggingface'),
+])
+def test_model_of_a_job(here, tiny, init_from, job, saved_job, kind):
+    if saved_job is not None:
+        save_checkpoint('out/ckpt_last.pt', tiny, job=saved_job)
+    assert find_model_of_job(init_from, 'out', False, job).kind == kind
 
 # -----------------------------------------------------------------------------
 # load_model
 
 @pytest.mark.parametrize('kind', ['resume', 'checkpoint'])
-def test_load_a_checkpoint(here, tiny, kind):
-    save('ckpt.pt', tiny, iter_num=10)
-    model, checkpoint = load_model(ModelSource(kind, 'ckpt.pt'))
+@pytest.mark.parametrize('mmap', [False, True])
+def test_a_loaded_model_does_not_need_its_file(here, tiny, kind, mmap):
+    """ The file of a mapped tensor must not change. """
+    save_checkpoint('ckpt.pt', tiny, iter_num=10)
+    model, checkpoint = load_model(ModelSource(kind, 'ckpt.pt'), mmap=mmap)
+    with open('ckpt.pt', 'rb+') as file:
+        file.write(bytes(os.path.getsize('ckpt.pt')))
     assert model.config == tiny.config
     assert checkpoint['iter_num'] == 10
     for loaded, saved in zip(model.parameters(), tiny.parameters(), strict=True):
         assert torch.equal(loaded, saved)
+    if not mmap:
+        expected = tiny.transformer.wte.weight
+        assert torch.equal(checkpoint['model']['lm_head.weight'], expected)
 
 
-@pytest.mark.parametrize('mmap', [False, True])
-def test_a_loaded_model_does_not_need_its_file(here, tiny, mmap):
-    source = save('ckpt.pt', tiny)
-    model, _ = load_model(source, mmap=mmap)
-    (here / 'ckpt.pt').write_bytes(b'')
-    idx = torch.arange(8)[None]
-    assert torch.equal(model(idx)[0], tiny(idx)[0])
+@pytest.mark.parametrize('dropout, expected', [(None, 0.1), (0.0, 0.0)])
+def test_dropout_of_a_checkpoint(here, dropout, expected):
+    config = GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
+    save_checkpoint('ckpt.pt', GPT(config))
+    model, _ = load_model(CHECKPOINT, dropout)
+    assert model.config.dropout == expected
 
 
-def test_training_does_not_need_the_file_it_resumed_from(here, tiny):
-    """ As it would if tensors were mapped: then a file that is truncated ends the process. """
-    optimizers = {'optimizer': tiny.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')}
-    idx = torch.arange(8)[None]
-    tiny(idx, idx)[1].backward()
-    optimizers['optimizer'].step()
-    save_checkpoint('ckpt.pt', tiny, optimizers, iter_num=1)
-    model, checkpoint = load_model(ModelSource('resume', 'ckpt.pt'))
-    with open('ckpt.pt', 'rb+') as file:
-        file.write(bytes(os.path.getsize('ckpt.pt')))
-    for tensors in checkpoint['optimizer']['state'].values():
-        assert tensors['step'] == 1
-    for loaded, saved in zip(model.parameters(), tiny.parameters(), strict=True):
-        assert torch.equal(loaded, saved)
-
-
-def test_dropout_of_a_checkpoint(here):
-    model = GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=2, n_embd=16, dropout=0.1))
-    source = save('ckpt.pt', model)
-    kept, _ = load_model(source)
-    assert kept.config.dropout == 0.1
-    overridden, _ = load_model(source, dropout=0.0)
-    assert overridden.config.dropout == 0.0
-
-
-def test_dropout_of_a_hugging_face_model(hf_directory):
-    source = find_model(hf_directory, out_dir='out')
-    model, checkpoint = load_model(source, dropout=0.3)
+@pytest.mark.parametrize('dropout, expected', [(None, 0.0), (0.3, 0.3)])
+def test_dropout_of_a_hugging_face_model(hf_directory, dropout, expected):
+    model, checkpoint = load_model(find_model(hf_directory, out_dir='out'), dropout)
     assert checkpoint is None
-    assert model.config.dropout == model.transformer.h[0].attn.attn_dropout.p == 0.3
-    model, _ = load_model(source)
-    assert model.config.dropout == 0.0
+    assert model.config.dropout == expected
 
 
-def test_a_missing_file(here):
-    with pytest.raises(UserError, match='nothing.pt'):
-        load_model(find_model('nothing.pt', out_dir='out'))
-
-
-def test_impossible_model_args(here, tiny):
-    save('ckpt.pt', tiny)
+def test_models_that_cannot_be_loaded(here, tiny):
+    save_checkpoint('ckpt.pt', tiny)
     checkpoint = torch.load('ckpt.pt', weights_only=True)
     checkpoint['model_args']['n_head'] = 3
     torch.save(checkpoint, 'ckpt.pt')
-    with pytest.raises(UserError, match='n_head=3'):
-        load_model(ModelSource('checkpoint', 'ckpt.pt'))
+    for init_from, message in [('resume', 'out/ckpt.pt'), ('nothing.pt', 'nothing.pt'),
+                               ('nothing', 'nothing'), ('ckpt.pt', 'n_head=3')]:
+        with pytest.raises(UserError, match=message):
+            load_model(find_model(init_from, 'out'))
 
 
 def test_a_bug_in_the_model_keeps_its_traceback(here, tiny, monkeypatch):
     """ Only what a user can put right is a UserError. """
-    source = save('ckpt.pt', tiny)
-
     def broken_init(self, config):
         raise ValueError('a bug')
 
+    save_checkpoint('ckpt.pt', tiny)
     monkeypatch.setattr(GPT, '__init__', broken_init)
     with pytest.raises(ValueError, match='a bug'):
-        load_model(source)
+        load_model(CHECKPOINT)
 
+
+def test_fine_tuning_gpt2_keeps_its_gelu(trainer, hf_directory):
+    """ In a key of its own: readers of nanoGPT's seven model_args ignore it. """
+    val_loss = trainer(init_from='hf', max_iters=3)['val_loss']
+    saved = torch.load('out/ckpt.pt', weights_only=True)
+    assert saved['gelu'] == 'tanh'
+    assert 'gelu' not in saved['model_args']
+    assert saved['model_args']['block_size'] == SMALL['block_size'] < 24
+    assert saved['model_args']['vocab_size'] == 50
+    assert trainer(init_from='resume', max_iters=3)['val_loss'] == val_loss
+    assert load_checkpoint('out/ckpt.pt')['model_args']['gelu'] == 'tanh'
 
 # -----------------------------------------------------------------------------
 # load_tokenizer_record
 
-def test_tokenizer_of_gpt2():
-    source = ModelSource('huggingface', 'gpt2-medium')
-    assert load_tokenizer_record(source, model=None, checkpoint=None) == {'kind': 'gpt2'}
-
-
-def test_tokenizer_of_a_directory_without_one(hf_directory):
-    source = ModelSource('huggingface', hf_directory)
+@pytest.mark.parametrize('name', ['gpt2-medium', 'hf'])
+def test_tokenizer_of_gpt2(hf_directory, name):
+    """ The directory has no tokenizer. """
+    source = ModelSource('huggingface', name)
     assert load_tokenizer_record(source, model=None, checkpoint=None) == {'kind': 'gpt2'}
 
 
@@ -216,82 +176,38 @@ def test_tokenizer_of_a_directory(here):
         tokenizer_object=tokenizer, eos_token='<end>')
     hf_tokenizer.save_pretrained('hf')
     record = load_tokenizer_record(ModelSource('huggingface', 'hf'), model=None, checkpoint=None)
-    assert record['kind'] == 'hf'
-    assert record['end'] == 1
+    assert (record['kind'], record['end']) == ('hf', 1)
     assert '"cat":0' in record['json'].replace(' ', '')
-
-
-def test_tokenizer_of_a_checkpoint(tiny):
-    checkpoint = {'tokenizer': CHARACTERS, 'config': {'dataset': 'gone'}}
-    source = ModelSource('checkpoint', 'ckpt.pt')
-    assert load_tokenizer_record(source, tiny, checkpoint) == CHARACTERS
 
 
 def test_tokenizer_of_the_dataset(tiny, dataset):
     """ Checkpoints of nanoGPT have no tokenizer. """
-    checkpoint = {'config': {'dataset': str(dataset)}}
-    record = load_tokenizer_record(ModelSource('checkpoint', 'ckpt.pt'), tiny, checkpoint)
+    record = load_tokenizer_record(CHECKPOINT, tiny, {'config': {'dataset': str(dataset)}})
     assert record['kind'] == 'char'
     assert {'c', 'a', 't', '\n'} <= set(record['itos'])
 
 
-@pytest.mark.parametrize('config', [{}, {'config': {}}, {'config': {'dataset': 'gone'}}])
-def test_a_large_vocabulary_is_gpt2s(config):
-    model = GPT(GPTConfig(block_size=2, vocab_size=50257, n_layer=1, n_head=1, n_embd=1))
-    source = ModelSource('checkpoint', 'ckpt.pt')
-    assert load_tokenizer_record(source, model, config) == {'kind': 'gpt2'}
+@pytest.mark.parametrize('vocab_size, checkpoint, record', [
+    (26, {'tokenizer': CHARACTERS, 'config': {'dataset': 'gone'}}, CHARACTERS),
+    (50257, {}, {'kind': 'gpt2'}),
+    (50257, {'config': {}}, {'kind': 'gpt2'}),
+    (50304, {'config': {'dataset': 'gone'}}, {'kind': 'gpt2'}),
+], ids=str)
+def test_tokenizer_of_a_checkpoint(vocab_size, checkpoint, record):
+    model = GPT(GPTConfig(block_size=2, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=1))
+    assert load_tokenizer_record(CHECKPOINT, model, checkpoint) == record
 
 
 @pytest.mark.parametrize('required', [True, False])
 def test_the_dataset_is_gone(tiny, required):
     checkpoint = {'config': {'dataset': 'gone'}}
-    with pytest.raises(UserError, match='vocabulary of 40 .*dataset=gone; run its prepare.py'):
-        load_tokenizer_record(ModelSource('checkpoint', 'ckpt.pt'), tiny, checkpoint, required)
+    with pytest.raises(UserError, match='dataset=gone'):
+        load_tokenizer_record(CHECKPOINT, tiny, checkpoint, required)
 
 
 def test_only_the_vocabulary_size_is_known(tmp_path, tiny):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 40}))
     checkpoint = {'config': {'dataset': str(tmp_path)}}
-    source = ModelSource('checkpoint', 'ckpt.pt')
-    assert load_tokenizer_record(source, tiny, checkpoint, required=False) is None
+    assert load_tokenizer_record(CHECKPOINT, tiny, checkpoint, required=False) is None
     with pytest.raises(UserError, match='no tokenizer'):
-        load_tokenizer_record(source, tiny, checkpoint)
-
-
-# -----------------------------------------------------------------------------
-# in the scripts
-
-@pytest.mark.slow
-def test_fine_tuning_gpt2_keeps_its_gelu(tmp_path, dataset, hf_directory):
-    """ In a top-level key of the checkpoint: readers of the seven classic model_args ignore it. """
-    _, before, out = train(tmp_path, dataset, init_from='hf', max_iters=3)
-    assert 'starting from the weights of hf' in out
-    saved = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
-    assert saved['gelu'] == 'tanh'
-    assert 'gelu' not in saved['model_args']
-    assert saved['model_args']['block_size'] == SMALL['block_size'] < 24
-    assert saved['model_args']['vocab_size'] == 50
-    _, after, _ = train(tmp_path, dataset, init_from='resume', max_iters=3)
-    assert after == {3: before[3]}
-    model, _ = load_model(find_model('resume', tmp_path / 'out'))
-    assert model.config.gelu == 'tanh'
-
-
-@pytest.mark.slow
-def test_sampling_needs_the_tokenizer_of_the_dataset(tmp_path, tiny):
-    (tmp_path / 'out').mkdir()
-    save(tmp_path / 'out/ckpt.pt', tiny, config={'dataset': 'gone'})
-    _, error = run('sample.py', cwd=tmp_path, code=1)
-    assert 'meta.pkl of dataset=gone' in error
-    assert error.count('\n') == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
-def test_unknown_models_get_one_line(tmp_path, dataset, script):
-    settings = {}
-    if script == 'train.py':
-        settings = {**SMALL, 'dataset': dataset}
-    _, error = run(script, cwd=tmp_path, code=1, **settings, init_from='nothing')
-    assert "unknown model 'nothing'" in error
-    assert error.count('\n') == 1
+        load_tokenizer_record(CHECKPOINT, tiny, checkpoint)
