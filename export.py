@@ -3,7 +3,7 @@ Exports a checkpoint to a Hugging Face directory: weights, tokenizer, and a card
 
     python export.py --out_dir=out-python-char --hf_dir=out-python-char/hf
 
-The classic model becomes a GPT2LMHeadModel; a model with rotary, rmsnorm, qk_norm and untied, a
+GPT-2's architecture becomes a GPT2LMHeadModel; a model with rotary, rmsnorm, qk_norm and untied, a
 NanoChatForCausalLM.
 """
 import os

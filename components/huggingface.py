@@ -41,9 +41,8 @@ def load_gpt2(model_type):
     name = find_name(model_type)
     hf_config = read_config(name)
     check_config(hf_config, name)
-    weights = {}
-    for key, weight in read_weights(name).items():
-        weights[key] = transpose_conv1d(key, weight)
+    hf_weights = read_weights(name)
+    weights = {key: transpose_conv1d(key, weight) for key, weight in hf_weights.items()}
     model_args = dict(
         block_size=hf_config.n_positions,
         vocab_size=hf_config.vocab_size,
