@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from components.checkpoint import newer_args
+from components.checkpoint import args_beyond_nanogpt
 from components.errors import UserError, one_line_errors
 from components.huggingface import model_card, to_gpt2, to_nanochat, to_tokenizer
 from components.pretrained import find_model, load_model, load_tokenizer_record
@@ -27,15 +27,17 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 NANOCHAT_ARGS = ('rotary', 'rmsnorm', 'qk_norm', 'untied')
 
 
-def check_architecture(config, path):
-    """ Raises UserError if transformers has no model class for this GPTConfig. """
-    newer = newer_args(config)
-    newer.pop('rope_base', None)  # a NanoChatConfig has it, too
-    is_nanochat = set(newer) == set(NANOCHAT_ARGS) and not config.bias
-    if newer and not is_nanochat:
-        raise UserError(f'{path} has {", ".join(newer)} and bias={config.bias}; transformers has '
-                        f'a model class for {", ".join(NANOCHAT_ARGS)} together without biases, '
-                        'and one for none of them')
+def choose_conversion(config, path):
+    """ to_gpt2 or to_nanochat. Raises UserError if transformers has no class for this model. """
+    args = args_beyond_nanogpt(config)
+    args.pop('rope_base', None)  # a NanoChatConfig has it, too
+    if not args:
+        return to_gpt2
+    if set(args) == set(NANOCHAT_ARGS) and not config.bias:
+        return to_nanochat
+    raise UserError(f'{path} has {", ".join(args)} and bias={config.bias}; transformers has a '
+                    f'model class for {", ".join(NANOCHAT_ARGS)} together without biases, and one '
+                    'for none of them')
 
 
 @torch.inference_mode()
@@ -67,7 +69,7 @@ with one_line_errors():
     source = find_model('resume', out_dir)
     model, checkpoint = load_model(source, mmap=True)
     model.eval()
-    check_architecture(model.config, source.name)
+    convert = choose_conversion(model.config, source.name)
     record = load_tokenizer_record(source, model, checkpoint, required=False)
     vocab_size = model.config.vocab_size
     end_of_text = None
@@ -90,7 +92,6 @@ with one_line_errors():
     temporary = Path(f'{hf_dir}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted run
     try:
-        convert = to_nanochat if newer_args(model.config) else to_gpt2
         hf_model = convert(model, vocab_size, end_of_text)
         # a GPT-2 cannot generate past block_size, and the prompt needs room as well
         hf_model.generation_config.max_new_tokens = model.config.block_size // 2

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from components.errors import UserError
 from components.huggingface import (
     GPT2_NAMES,
-    model_card,
     to_gpt2,
     to_nanochat,
     to_tokenizer,
@@ -254,16 +253,3 @@ def test_gpt2_tokenizer(monkeypatch):
     assert hf_tokenizer.encode(text) == bpe.encode(text, allowed_special='all')
     assert hf_tokenizer.decode(bpe.encode_ordinary('the été  !')) == 'the été  !'
     assert hf_tokenizer.eos_token_id == hf_tokenizer.bos_token_id == end_of_text
-
-
-# -----------------------------------------------------------------------------
-
-def test_model_card():
-    model = random_gpt()
-    checkpoint = {'iter_num': 20, 'best_val_loss': 1.23456,
-                  'config': {'dataset': 'words', 'learning_rate': 0.01}}
-    card = model_card(checkpoint, model, 'my-model')
-    assert card.startswith('---\nlibrary_name: transformers\n---\n# my-model\n')
-    assert '0.01 million parameters, 20 iterations on\n`words`' in card
-    assert 'best validation loss 1.2346 nats' in card
-    assert card.endswith("|---|---|\n| dataset | `'words'` |\n| learning_rate | `0.01` |\n")
