@@ -529,7 +529,7 @@ def test_defaults_of_bench():
     check_bench(default_settings('bench.py'))
 
 
-@pytest.mark.parametrize('mode', ['step', 'compare', 'sample', 'estimate'])
+@pytest.mark.parametrize('mode', ['step', 'sample', 'estimate'])
 def test_modes_of_bench(mode):
     check_bench({**default_settings('bench.py'), 'mode': mode})
 
@@ -542,8 +542,6 @@ def test_modes_of_bench(mode):
     ('max_iters', 0),
     ('seed', -1),
     ('processes', 0),
-    ('interconnect', 0.0),
-    ('interconnect', float('inf')),
 ])
 def test_bench_value_out_of_range(name, value):
     with refused(f'{name}={value!r}'):
