@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from components.checkpoint import newer_args
+from components.checkpoint import args_beyond_nanogpt
 from components.errors import UserError, one_line_errors
 from components.huggingface import model_card, to_gpt2, to_nanochat, to_tokenizer
 from components.pretrained import find_model, load_model, load_tokenizer_record
@@ -29,11 +29,11 @@ NANOCHAT_ARGS = ('rotary', 'rmsnorm', 'qk_norm', 'untied')
 
 def check_architecture(config, path):
     """ Raises UserError if transformers has no model class for this GPTConfig. """
-    newer = newer_args(config)
-    newer.pop('rope_base', None)  # a NanoChatConfig has it, too
-    is_nanochat = set(newer) == set(NANOCHAT_ARGS) and not config.bias
-    if newer and not is_nanochat:
-        raise UserError(f'{path} has {", ".join(newer)} and bias={config.bias}; transformers has '
+    args = args_beyond_nanogpt(config)
+    args.pop('rope_base', None)  # a NanoChatConfig has it, too
+    is_nanochat = set(args) == set(NANOCHAT_ARGS) and not config.bias
+    if args and not is_nanochat:
+        raise UserError(f'{path} has {", ".join(args)} and bias={config.bias}; transformers has '
                         f'a model class for {", ".join(NANOCHAT_ARGS)} together without biases, '
                         'and one for none of them')
 
@@ -90,7 +90,7 @@ with one_line_errors():
     temporary = Path(f'{hf_dir}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted run
     try:
-        convert = to_nanochat if newer_args(model.config) else to_gpt2
+        convert = to_nanochat if args_beyond_nanogpt(model.config) else to_gpt2
         hf_model = convert(model, vocab_size, end_of_text)
         # a GPT-2 cannot generate past block_size, and the prompt needs room as well
         hf_model.generation_config.max_new_tokens = model.config.block_size // 2
