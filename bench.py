@@ -4,7 +4,6 @@ what a model of some size needs.
 
     python bench.py --batch_size=12 --block_size=1024
     python bench.py config/train_shakespeare_char_cpu_fast.py
-    python bench.py --mode=compare    ratios: dtype, optimizer, data loading, on a GPU torch.compile
     python bench.py --mode=sample     tokens/s, also without a cache and by Hugging Face's generate
     python bench.py --mode=estimate --n_layer=24 --n_head=16 --n_embd=1024
     python bench.py --mode=estimate --processes=64 --gradient_accumulation_steps=64 --fsdp=True
@@ -48,8 +47,8 @@ from components.tokenizer import DATA_DIR, load_meta
 from model import GPT
 
 # -----------------------------------------------------------------------------
-mode = 'step'            # step: the time of a training step; compare: also with other choices;
-                         # sample: tokens/s; estimate: memory and time of a model that is not built
+mode = 'step'            # step: the time of a training step; sample: tokens/s; estimate: memory and
+                         # time of a model that is not built
 batch_size = 12          # sequences per step
 gradient_accumulation_steps = 40  # mode estimate: micro-batches per iteration
 max_iters = 600000       # mode estimate: iterations of the run
@@ -67,8 +66,6 @@ muon_lr = 0.0            # above 0: Muon for the matrices of the blocks
 activation_checkpointing = False  # as in train.py; not in mode sample
 processes = 1            # mode estimate: GPUs, each with a process
 fsdp = False             # mode estimate: as in train.py
-interconnect = 50.0      # mode estimate: GB/s that a GPU sends to others while it receives as much;
-                         # 50 is a network of 400 Gb/s for each GPU, an H100's NVLink has 450
 real_data = True         # read windows of the dataset; False: the same random tokens in every step
 dataset = 'openwebtext'  # folder under data/
 max_new_tokens = 200     # mode sample: of each sample
@@ -90,7 +87,7 @@ with one_line_errors():
     vocab_size = meta['vocab_size'] if meta else 50304
     gpt_config = new_model_config(config, vocab_size)
     data = None
-    if real_data and mode in ('step', 'compare'):
+    if real_data and mode == 'step':
         path = DATA_DIR / dataset / 'train.bin'
         if path.exists():
             data = open_bin(dataset, 'train', block_size, vocab_size)
@@ -110,10 +107,10 @@ shape = (batch_size, block_size + 1)
 random_tokens = torch.from_numpy(np.random.default_rng(seed).integers(vocab_size, size=shape))
 
 
-def get_batch(rng, read_data):
+def get_batch(rng):
     """ Windows of the dataset, or random tokens -> inputs and targets: int64 (B, T). """
     batch = random_tokens                                                   # (B, T + 1)
-    if read_data and data is not None:
+    if data is not None:
         starts = rng.integers(len(data) - block_size, size=batch_size)      # (B,)
         batch = torch.from_numpy(gather_windows(data, starts, block_size))  # (B, T + 1)
     if device_type == 'cuda':
@@ -123,7 +120,7 @@ def get_batch(rng, read_data):
     return inputs, targets
 
 
-def make_step(dtype, compile, muon, read_data):
+def make_step():
     """
     Makes a new model with optimizers. Returns a function that trains it on one batch as train.py
     does: step() -> the seconds that it took, and how many of them it waited for data.
@@ -131,15 +128,13 @@ def make_step(dtype, compile, muon, read_data):
     torch.manual_seed(seed)
     raw_model = GPT(gpt_config).to(device)
     raw_model.activation_checkpointing = activation_checkpointing
-    learning_rate = 1e-4
-    lr_of_muon = learning_rate if muon else 0.0
-    optimizers = configure_optimizers(raw_model, 1e-1, learning_rate, (0.9, 0.95), device_type,
-                                      lr_of_muon, dtype)
+    optimizers = configure_optimizers(raw_model, 1e-1, 1e-4, (0.9, 0.95), device_type, muon_lr,
+                                      dtype)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     autocast = use_device(device, dtype)
     model = compile_model(raw_model, compile)
-    arguments = (np.random.default_rng(seed), read_data)
-    batches = prefetch(get_batch, itertools.repeat(arguments), device, dtype)
+    rng = np.random.default_rng(seed)
+    batches = prefetch(get_batch, itertools.repeat((rng,)), device, dtype)
 
     def step():
         start = time.perf_counter()
@@ -156,38 +151,6 @@ def make_step(dtype, compile, muon, read_data):
     return step
 
 
-def other_choices(this):
-    """ What mode compare measures beside `this`: one argument of make_step() differs in each. """
-    variants = {}
-    if this['dtype'] != 'float32':
-        variants['in float32'] = {**this, 'dtype': 'float32'}
-    if this['muon']:
-        variants['with AdamW'] = {**this, 'muon': False}
-    else:
-        variants['with Muon'] = {**this, 'muon': True}
-    if this['compile']:
-        variants['without compile'] = {**this, 'compile': False}
-    elif device_type == 'cuda':  # elsewhere compiling takes minutes
-        variants['with compile'] = {**this, 'compile': True}
-    if device_type == 'cuda' and this['compile'] != 'reduce-overhead':
-        variants['with reduce-overhead'] = {**this, 'compile': 'reduce-overhead'}
-    if data is not None:
-        variants['without loading'] = {**this, 'read_data': False}
-    return variants
-
-
-def run_alternating(steps, repetitions):
-    """
-    Runs the steps in the order A B A B, so that what slows down this machine for a while slows down
-    all of them -> {name: [(seconds, seconds waited), ...]}.
-    """
-    times = {name: [] for name in steps}
-    for _ in range(repetitions):
-        for name, step in steps.items():
-            times[name].append(step())
-    return times
-
-
 def write_trace(step, repetitions):
     """ Runs steps under the profiler, which writes a trace to ./bench_log. """
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -200,16 +163,11 @@ def write_trace(step, repetitions):
     print('a trace of the step is in ./bench_log; the times below are without the profiler')
 
 
-def median_seconds(times):
-    """ The median, because a few steps that are interrupted change a mean. """
-    return statistics.median(seconds for seconds, _ in times)
-
-
 def print_speed(times, flops, peak, peak_source):
     """ Reports the times [(seconds, seconds waited), ...] of steps of `flops` FLOPs each. """
     durations = [seconds for seconds, _ in times]
     waited = [seconds for _, seconds in times]
-    median = median_seconds(times)
+    median = statistics.median(durations)  # a few steps that are interrupted would change a mean
     mfu = flops / median / peak
     print(f'time per iteration: {median * 1000:.4f}ms, MFU: {mfu * 100:.2f}%')
     print(f'  median of {len(times)}, from {min(durations) * 1000:.4f} '
@@ -231,20 +189,16 @@ def print_peak_memory():
 
 
 def bench_step(model):
-    """ Modes step and compare. `model` is on the meta device, to count FLOPs. """
+    """ Mode step. `model` is on the meta device, to count FLOPs. """
     # 1. what a step computes, and how many steps there is time for
     peak, peak_source = peak_flops(device_type, dtype)
     tokens = batch_size * block_size
     flops = model.flops_per_token(block_size) * tokens
     print(f'a step is {tokens:,} tokens, {flops / 1e12:.3f} TFLOP')
-    this = dict(dtype=dtype, compile=compile, muon=muon_lr > 0, read_data=True)
-    variants = {'this': this}
-    if mode == 'compare':
-        variants.update(other_choices(this))
     warm_up = 10
     timed = 20
     traced = 5
-    expected = len(variants) * flops / peak / 0.3  # seconds, if it reaches 30% of the peak
+    expected = flops / peak / 0.3  # seconds, if it reaches 30% of the peak
     if (warm_up + timed + traced) * expected > MAX_SECONDS:
         warm_up = 1
         timed = min(20, max(3, int(MAX_SECONDS / expected) - 1))
@@ -254,24 +208,20 @@ def bench_step(model):
               f'instead of 10 and 20, in about {minutes:.0f} minutes', flush=True)
 
     # 2. warm up: the first steps allocate memory and select kernels, or compile
-    steps = {name: make_step(**variant) for name, variant in variants.items()}
-    run_alternating(steps, warm_up)
+    step = make_step()
+    for _ in range(warm_up):
+        step()
     if device_type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     if profile:
-        write_trace(steps['this'], traced)
+        write_trace(step, traced)
 
     # 3. measure
-    times = run_alternating(steps, timed)
+    times = [step() for _ in range(timed)]
 
     # 4. report
-    print_speed(times['this'], flops, peak, peak_source)
-    if mode == 'step':  # in mode compare the memory would be that of all variants
-        print_peak_memory()
-    median = median_seconds(times.pop('this'))
-    for name, others in times.items():
-        other = median_seconds(others)
-        print(f'{name}: {other * 1000:.4f}ms, {other / median:.2f} times as long')
+    print_speed(times, flops, peak, peak_source)
+    print_peak_memory()
 
 # -----------------------------------------------------------------------------
 # sampling

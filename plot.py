@@ -52,16 +52,14 @@ def read_log(run):
     if not path.exists():
         raise UserError(f'{path} does not exist; name the out_dir of a run of train.py, or a .csv '
                         'file in the format of its log.csv')
-    columns = ['iter', x, 'loss', 'val_loss']
     rows = []
     try:
         with open(path, encoding='utf-8', newline='') as log:
-            reader = csv.DictReader(log)
-            for column in columns:
-                if column not in (reader.fieldnames or []):
-                    raise UserError(f'{path} has no column {column!r}; name a log of train.py')
-            for row in reader:
-                rows.append({name: float(row[name]) for name in columns if row[name]})
+            for row in csv.DictReader(log):
+                columns = [name for name in ('iter', x, 'loss', 'val_loss') if row[name]]
+                rows.append({name: float(row[name]) for name in columns})
+    except KeyError as error:
+        raise UserError(f'{path} has no column {error}; name a log of train.py') from None
     except (ValueError, csv.Error) as error:
         raise UserError(f'{path} is malformed ({error}); name a log of train.py') from None
     return [row for row in rows if 'iter' in row and x in row]
@@ -78,8 +76,6 @@ def read_curve(argument):
     runs = argument.split(',')
     if Path(argument).exists():  # its name may have a comma
         runs = [argument]
-    if '' in runs:
-        raise UserError(f'{argument!r} has a comma without a run; use no spaces')
     logs = [read_log(run) for run in runs]
     evaluations = []
     for log in logs:
@@ -93,10 +89,9 @@ def read_curve(argument):
     batches = []
     if len(runs) == 1:
         batches = [row for row in logs[0] if 'loss' in row]
-    names = [Path(run).resolve().name.removesuffix('.csv') for run in runs]
-    shared_words = os.path.commonprefix([name.split('-') for name in names])
-    name = '-'.join(shared_words)
-    if not name:
+    words = [Path(run).resolve().name.removesuffix('.csv').split('-') for run in runs]
+    name = '-'.join(os.path.commonprefix(words))
+    if name == '':
         name = argument
     return SimpleNamespace(name=name, places=places.mean(axis=0), losses=losses, batches=batches)
 
@@ -120,17 +115,14 @@ def plot_curve(axes, color, curve):
 
 
 def set_loss_limits(axes, curves):
-    """ Limits the y axis to `line` and the losses after the steep beginning, if there are any. """
+    """ Limits the y axis to `line` and the losses after the steep beginning. """
     shown = []
     if line != 0:
         shown.append(line)
     for curve in curves:
         losses = [row['loss'] for row in curve.batches]
         beginning = 1 + len(losses) // 50
-        later = losses[beginning:] + curve.losses[:, 1:].flatten().tolist()
-        if not later:
-            later = losses + curve.losses.flatten().tolist()
-        shown += later
+        shown += losses[beginning:] + curve.losses[:, 1:].flatten().tolist()
     shown = [loss for loss in shown if math.isfinite(loss)]  # a run may have diverged
     lowest = min(shown, default=0)
     highest = max(shown, default=0)
@@ -148,16 +140,10 @@ with one_line_errors():
 for override in config_overrides:  # noqa: F821
     print(override)
 
-import matplotlib  # noqa: E402  here, because it is slow to import and --help does not need it
+from matplotlib import pyplot as plt  # noqa: E402  it is slow, and --help does not need it
 
-matplotlib.use('agg')  # writes files and needs no display
-from matplotlib import pyplot as plt  # noqa: E402
-
-plt.rcParams.update({
-    'font.size': 12,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-})
+plt.switch_backend('agg')  # writes files and needs no display
+plt.rcParams.update({'font.size': 12, 'axes.spines.top': False, 'axes.spines.right': False})
 figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout='constrained')
 legend_title = 'validation loss'
 if any(len(curve.losses) == 1 for curve in curves):

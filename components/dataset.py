@@ -5,9 +5,9 @@ uint16.
 Not here: tokenizers and meta.pkl (tokenizer.py), how texts become bins (text_to_bins.py), which of
 the windows below train.py reads (get_batch in train.py).
 """
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from hashlib import sha256
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def open_bin(dataset, split, block_size, vocab_size):
     path = DATA_DIR / dataset / f'{split}.bin'
     how_to_prepare = preparation_hint(dataset)
     if not path.exists():
-        raise UserError(f'{path} does not exist{other_splits(path.parent)}; {how_to_prepare}')
+        raise UserError(f'{path} does not exist; {how_to_prepare}')
     size = path.stat().st_size
     if size < 4 or size % 2 != 0:
         raise UserError(f'{path}: {size:,} bytes are not uint16 tokens; {how_to_prepare}')
@@ -66,24 +66,11 @@ def open_bin(dataset, split, block_size, vocab_size):
 
 
 def preparation_hint(dataset):
-    """ The command that prepares a dataset, or the names of the datasets that exist. """
+    """ The command that prepares a dataset, or the names of the datasets that can be prepared. """
     available = sorted(script.parent.name for script in DATA_DIR.glob('*/prepare.py'))
-    prepared = sorted(bin_file.parent.name for bin_file in DATA_DIR.glob('*/train.bin'))
     if dataset in available:
-        hint = f'run: python data/{dataset}/prepare.py'
-    else:
-        hint = f'datasets with a prepare.py: {", ".join(available)}'
-    if prepared:
-        hint += f'; already prepared: {", ".join(prepared)}'
-    return hint
-
-
-def other_splits(folder):
-    """ For messages: the bins that a dataset has. """
-    names = sorted(path.name for path in folder.glob('*.bin'))
-    if not names:
-        return ''
-    return f'; the folder has {", ".join(names)}'
+        return f'run: python data/{dataset}/prepare.py'
+    return f'datasets with a prepare.py: {", ".join(available)}'
 
 
 def looks_like_wider_integers(ids):
@@ -94,42 +81,34 @@ def looks_like_wider_integers(ids):
 
 
 def largest_id(ids):
-    """ The largest token id in samples of a file; a large one would take minutes. """
-    return max(int(sample.max()) for sample in samples_of(ids))
+    """ The largest token id in sample_of() a dataset; all of a large one would take minutes. """
+    return int(sample_of(ids).max())
 
 
-def samples_of(ids):
-    """ 64 samples of 1024 tokens, evenly spaced. """
+def sample_of(ids):
+    """ 64 parts of 1024 tokens, evenly spaced and joined. """
     starts = np.linspace(0, len(ids) - 1, 64, dtype=np.int64)
-    return [ids[start:start + 1024] for start in starts]
+    return np.concatenate([ids[start:start + 1024] for start in starts])
 
 
 def check_same_on_all_machines(data, dataset, tokenizer):
     """
     Raises UserError if a split, or the tokenizer, is another on this machine than on the first: its
-    size, or a checksum of samples, as a large file would take minutes.
+    size, or a checksum of a sample.
 
     Args:
         data: {split: token ids}
         dataset: its name
         tokenizer: its record, or None
     """
-    checksums = {'meta.pkl': checksum([repr(tokenizer).encode()])}
+    checksums = {'meta.pkl': sha256(repr(tokenizer).encode()).digest()}
     for split, ids in data.items():
-        checksums[f'{split}.bin'] = (len(ids), checksum(samples_of(ids)))
+        checksums[f'{split}.bin'] = (len(ids), sha256(sample_of(ids)).digest())
     of_first_process = broadcast(checksums)
     for name, value in checksums.items():
         if value != of_first_process[name]:
             raise UserError(f'{DATA_DIR / dataset / name} on this machine differs from that on the '
                             'first; every machine requires the same data folder')
-
-
-def checksum(parts):
-    """ SHA-256 of the bytes of `parts` one after another. """
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 # -----------------------------------------------------------------------------

@@ -237,14 +237,17 @@ class HostCopy:
 
 
 @cache
-def peak_flops(device_type, dtype):
+def peak_flops(device_type, dtype=None):
     """
-    The peak of the device in `dtype`, which MFU is measured against.
+    The peak of the device in `dtype`, which MFU is measured against; by default in bfloat16 on CUDA
+    and in float32 elsewhere.
 
     Returns:
         FLOP/s, and where the figure is from: the data sheet of a known GPU in 16 bits, otherwise
         the fastest of several matrix products.
     """
+    if dtype is None:
+        dtype = 'bfloat16' if device_type == 'cuda' else 'float32'
     if device_type == 'cuda' and dtype != 'float32':
         gpu = torch.cuda.get_device_name()
         for name, peak in GPU_PEAKS.items():

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from components.errors import UserError
-from components.settings import model_config
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 GELU_FORMS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
@@ -29,40 +28,36 @@ def transpose_conv1d(name, weight):
 # -----------------------------------------------------------------------------
 # loading GPT-2 weights
 
-def load_gpt2(gpt_class, model_type, override_args=None):
+def load_gpt2(model_type):
     """
     Loads GPT-2's weights from the hub, or from a directory that transformers can read.
 
     Args:
-        gpt_class: the class of the model, GPT
         model_type: one of GPT2_NAMES, a directory, or 'namespace/name' on the hub
-        override_args: dict that may set 'dropout'
 
     Returns:
-        a `gpt_class`, on the CPU, in float32
+        dict of arguments for GPTConfig, and the weights of that GPT, {name: float32 tensor}
 
     Raises:
         UserError: if there is no such model, if its files are broken, or if its configuration asks
             for what this GPT does not compute
     """
-    override_args = override_args or {}
-    assert set(override_args) <= {'dropout'}, 'only dropout can be overridden'
     name = find_name(model_type)
     hf_config = read_config(name)
     check_config(hf_config, name)
-    hf_weights = read_weights(name)
-    model = gpt_class(model_config(
+    weights = {}
+    for key, weight in read_weights(name).items():
+        weights[key] = transpose_conv1d(key, weight)
+    model_args = dict(
         block_size=hf_config.n_positions,
         vocab_size=hf_config.vocab_size,
         n_layer=hf_config.n_layer,
         n_head=hf_config.n_head,
         n_embd=hf_config.n_embd,
-        dropout=override_args.get('dropout', 0.0),
         bias=True,
         gelu=GELU_FORMS[hf_config.activation_function],
-    ))
-    copy_weights(hf_weights, model)
-    return model
+    )
+    return model_args, weights
 
 
 def find_name(model_type):
@@ -140,16 +135,6 @@ def read_weights(name):
         missing = ', '.join(sorted(info['missing_keys']))
         raise UserError(f'{name} lacks the weights {missing:.200}')
     return hf_model.state_dict()
-
-
-@torch.no_grad()
-def copy_weights(hf_weights, model):
-    """ Copies GPT-2's weights into a GPT of the same sizes. """
-    for name, parameter in model.named_parameters():
-        weight = transpose_conv1d(name, hf_weights[name])
-        # copy_ would broadcast a smaller weight
-        assert weight.shape == parameter.shape, f'{name} is {weight.shape}, not {parameter.shape}'
-        parameter.copy_(weight)
 
 
 # -----------------------------------------------------------------------------

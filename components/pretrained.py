@@ -96,7 +96,10 @@ def load_model(source, dropout=None, mmap=False):
     if dropout is not None:
         overrides['dropout'] = dropout
     if source.kind == 'huggingface':
-        return GPT.from_pretrained(source.name, overrides), None
+        try:
+            return GPT.from_pretrained(source.name, overrides), None
+        except ValueError as error:  # of GPTConfig
+            raise UserError(f'{source.name}: {error}') from None
 
     can_mmap = mmap and os.name == 'posix'  # Windows cannot replace a file that is mapped
     checkpoint = load_checkpoint(source.name, can_mmap)

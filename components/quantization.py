@@ -83,7 +83,10 @@ class QuantizedLinear(nn.Module):
             return torch.ops.quantized.linear_dynamic(x.float(), self.packed_int8, reduce_range)
         if self.packed_float16 is not None and T < LONG_INPUT:
             return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed_float16)
-        return F.linear(x.to(self.dtype), self.weight.to(self.dtype), self.bias)
+        y = F.linear(x.to(self.dtype), self.weight.to(self.dtype), self.bias)
+        if y.device.type == 'cpu':
+            return y.float()  # as FBGEMM's kernels give it: all keys in a cache have one dtype
+        return y
 
 
 def pack_int8(weight, bias):

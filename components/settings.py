@@ -1,8 +1,8 @@
 """
 The rules for settings: what is wrong with them is found before anything is loaded or compiled.
 
-Not here: how settings are given (configurator.py), and which files exist (dataset.py,
-checkpoint.py).
+Not here: how settings are given (configurator.py), the fields of a model (GPTConfig in model.py),
+and which files exist (dataset.py, checkpoint.py).
 """
 import math
 import os
@@ -18,6 +18,25 @@ from components.errors import UserError
 from components.tokenizer import has_tokenizer, hf_record, tokens_of
 from model import GPTConfig
 
+# of all scripts: the lowest value, and what a value has to be below
+RANGES = {
+    (0, math.inf): (
+        'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'eval_interval',
+        'log_interval', 'checkpoint_interval', 'max_skipped_steps', 'early_stopping', 'min_lr',
+        'learning_rate', 'muon_lr', 'weight_decay', 'grad_clip', 'max_new_tokens', 'top_k',
+        'temperature'),
+    (1, math.inf): (
+        'batch_size', 'block_size', 'gradient_accumulation_steps', 'num_samples', 'processes'),
+    (0, 1): ('beta1', 'beta2', 'dropout'),
+    (0, 2**63): ('seed',),
+}
+CHOICES = {
+    'backend': ('gloo', 'nccl'),  # 'auto' has become one of them
+    'past_block': ('exact', 'half'),
+    'quantize': ('', 'int8'),
+    'mode': ('step', 'sample', 'estimate'),
+}
+
 
 def require(condition, message):
     """ Raises UserError with `message` if the condition is false. """
@@ -25,15 +44,16 @@ def require(condition, message):
         raise UserError(message)
 
 
-def require_at_least(s, minimum, *names):
-    for name in names:
-        value = getattr(s, name)
-        require(minimum <= value < math.inf, f'{name}={value} must be at least {minimum}')
-
-
 def check_common(s):
     """ The rules that all scripts share. """
-    require(0 <= s.seed < 2**63, f'seed={s.seed} must be from 0 to 2**63 - 1')
+    for (lowest, limit), names in RANGES.items():
+        for name in names:
+            value = getattr(s, name, lowest)  # a script has some of these settings
+            require(lowest <= value < limit,
+                    f'{name}={value} must be at least {lowest} and below {limit}')
+    for name, choices in CHOICES.items():
+        value = getattr(s, name, choices[0])
+        require(value in choices, f'{name}={value!r} must be one of {choices}')
     if not s.compile:
         return
     device_type = s.device.partition(':')[0]
@@ -58,22 +78,8 @@ def new_model_config(settings, vocab_size):
     args = {name: value for name, value in settings.items() if name in names}
     return model_config(vocab_size=vocab_size, **args)
 
-
-def tokens_per_iter(settings):
-    """ Tokens that an iteration of train.py reads, in all processes. """
-    micro_batches = settings['gradient_accumulation_steps']
-    return micro_batches * settings['batch_size'] * settings['block_size']
-
 # -----------------------------------------------------------------------------
 # train.py
-
-AT_LEAST_0 = (
-    'max_iters', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'eval_interval',
-    'log_interval', 'checkpoint_interval', 'max_skipped_steps', 'early_stopping', 'min_lr',
-    'learning_rate', 'grad_clip', 'weight_decay', 'muon_lr')
-AT_LEAST_1 = ('batch_size', 'block_size')
-FROM_0_TO_BELOW_1 = ('beta1', 'beta2', 'dropout')
-
 
 def check_train(settings, device_type, ddp, world_size):
     """
@@ -87,63 +93,47 @@ def check_train(settings, device_type, ddp, world_size):
     """
     s = SimpleNamespace(**settings)
     check_common(s)
-    require_at_least(s, 0, *AT_LEAST_0)
-    require_at_least(s, 1, *AT_LEAST_1)
-    for name in FROM_0_TO_BELOW_1:
-        value = getattr(s, name)
-        require(0 <= value < 1, f'{name}={value} must be at least 0 and below 1')
     check_schedule(s)
-    check_batches(s, world_size)
+    check_evaluation(s)
+    check_processes(s, device_type, ddp, world_size)
+    check_fsdp(s, ddp, world_size)
     # gradients lie in memory that the next backward pass overwrites
     require(s.compile != 'reduce-overhead' or (s.gradient_accumulation_steps == 1 and not ddp),
             'compile=reduce-overhead requires gradient_accumulation_steps=1 and no torchrun; set '
             '--compile=True')
-    check_processes(s, device_type, ddp)
-    check_fsdp(s, ddp, world_size)
     # torch restores the random numbers of dropout on other devices only
     require(not s.activation_checkpointing or s.dropout == 0 or device_type != 'mps',
             f'activation_checkpointing=True with dropout={s.dropout} is unsupported on MPS')
-    if os.environ.get('RANK', '0') == '0':  # out_dir may be on the first machine alone
-        check_output(s)
+    require(not s.wandb_log or find_spec('wandb') is not None,
+            'wandb_log=True requires wandb: pip install wandb')
 
 
 def check_schedule(s):
-    require(s.early_stopping == 0 or s.eval_interval > 0 or s.eval_only,
-            f'early_stopping={s.early_stopping} requires evaluations; set --eval_interval')
     require(s.muon_lr == 0 or s.learning_rate > 0,
             'muon_lr requires a learning_rate above 0 for the parameters that are not matrices')
-    require(not s.decay_lr or s.min_lr <= s.learning_rate,
+    if not s.decay_lr:
+        return
+    require(s.min_lr <= s.learning_rate,
             f'min_lr={s.min_lr} is above learning_rate={s.learning_rate}; a tenth of it is usual')
     iters = s.warmup_iters + s.cooldown_iters
-    require(not s.decay_lr or s.cooldown_iters == 0 or iters <= s.lr_decay_iters,
+    require(s.cooldown_iters == 0 or iters <= s.lr_decay_iters,
             f'cooldown_iters={s.cooldown_iters} and warmup_iters={s.warmup_iters} are more than '
             f'lr_decay_iters={s.lr_decay_iters}; lower cooldown_iters')
 
 
-def check_batches(s, world_size):
-    require(s.batch_size * s.block_size <= 2**30,
-            f'batch_size={s.batch_size} with block_size={s.block_size} would run out of memory; '
-            'lower batch_size')
-    check_micro_batches(s, world_size)
-    require(s.eval_split == 'val' or s.eval_only,
-            f'eval_split={s.eval_split!r} requires --eval_only=True')
+def check_evaluation(s):
     require(s.eval_iters >= 1 or s.eval_iters == -1,
             f'eval_iters={s.eval_iters} must be at least 1, or -1 for the whole split')
+    require(s.eval_split == 'val' or s.eval_only,
+            f'eval_split={s.eval_split!r} requires --eval_only=True')
+    require(s.early_stopping == 0 or s.eval_interval > 0 or s.eval_only,
+            f'early_stopping={s.early_stopping} requires evaluations; set --eval_interval')
 
 
-def check_micro_batches(s, world_size):
-    require(s.gradient_accumulation_steps >= world_size,
-            f'gradient_accumulation_steps={s.gradient_accumulation_steps} is less than the number '
-            f'of processes, {world_size}; each process requires a micro-batch')
-
-
-def check_processes(s, device_type, ddp):
-    require(s.backend in ('nccl', 'gloo'),
-            f"backend={s.backend!r} must be 'auto', 'nccl' or 'gloo'")
-    if ddp:
-        require(s.backend == 'gloo' or device_type == 'cuda',
-                f"backend='nccl' is not available on {device_type}; --backend=auto selects another")
-        require(device_type != 'mps', 'several processes cannot share an Apple GPU; --device=cpu')
+def check_processes(s, device_type, ddp, world_size):
+    check_micro_batches(s, world_size)
+    require(not ddp or device_type != 'mps',
+            'several processes cannot share an Apple GPU; set --device=cpu')
     if device_type == 'cuda':
         num_gpus = torch.cuda.device_count()
         local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -151,6 +141,12 @@ def check_processes(s, device_type, ddp):
         require(local_world_size <= num_gpus or num_gpus == 1,
                 f'{local_world_size} processes on a machine with {num_gpus} GPUs; set '
                 f'--nproc_per_node={num_gpus}')
+
+
+def check_micro_batches(s, world_size):
+    require(s.gradient_accumulation_steps >= world_size,
+            f'gradient_accumulation_steps={s.gradient_accumulation_steps} is less than the number '
+            f'of processes, {world_size}; each process requires a micro-batch')
 
 
 def check_fsdp(s, ddp, world_size):
@@ -162,16 +158,6 @@ def check_fsdp(s, ddp, world_size):
     require(s.gradient_accumulation_steps % world_size == 0,
             f'fsdp=True requires gradient_accumulation_steps={s.gradient_accumulation_steps} to be '
             f'a multiple of the number of processes, {world_size}')
-
-
-def check_output(s):
-    if s.wandb_log:
-        require(find_spec('wandb') is not None, 'wandb_log=True requires wandb: pip install wandb')
-    require(s.out_dir != '', "out_dir='' is not a folder; --out_dir=out")
-    if not os.path.exists(s.out_dir):
-        return
-    require(os.path.isdir(s.out_dir), f'out_dir={s.out_dir} is a file')
-    require(s.eval_only or os.access(s.out_dir, os.W_OK), f'out_dir={s.out_dir} is not writable')
 
 
 def check_fit(model, source, checkpoint, data, vocab_size, record, settings):
@@ -218,39 +204,25 @@ def check_sample(settings):
     s = SimpleNamespace(**settings)
     check_common(s)
     require(s.compile in (True, False), f'compile={s.compile} is for training; set --compile=True')
-    require_at_least(s, 0, 'max_new_tokens', 'top_k')
-    require_at_least(s, 1, 'num_samples')
-    require(0 <= s.temperature < float('inf'), f'temperature={s.temperature} must be at least 0')
     require(0 < s.top_p <= 1, f'top_p={s.top_p} must be above 0 and at most 1, which disables it')
     require(0 <= s.min_p <= 1, f'min_p={s.min_p} must be from 0, which disables it, to 1')
-    require(s.past_block in ('exact', 'half'),
-            f"past_block={s.past_block!r} must be 'exact' or 'half'")
-    require(s.quantize in ('', 'int8'), f"quantize={s.quantize!r} must be 'int8', or '' for none")
-    device_type = s.device.partition(':')[0]
     if s.quantize:
-        require(has_fbgemm(device_type),
+        require(has_fbgemm(s.device),
                 f"quantize='int8' is not available on {s.device}; it requires an x86 CPU")
         require(not s.compile, "quantize='int8' cannot be compiled; set --compile=False")
-    if s.interactive:
-        require(s.start == '\n', 'interactive=True reads prompts from the terminal; omit --start')
-    if not s.out:
-        return
+    require(not s.interactive or s.start == '\n',
+            'interactive=True reads prompts from the terminal; omit --start')
     folder = os.path.dirname(s.out) or '.'
-    require(os.access(folder, os.W_OK), f'out={s.out}: its folder is missing or not writable')
-    require(not os.path.exists(s.out) or os.path.isfile(s.out), f'out={s.out} is not a file')
+    require(not s.out or os.access(folder, os.W_OK),
+            f'out={s.out}: its folder is missing or not writable')
 
 
 def check_bench(settings):
     """ The rules for bench.py. """
     s = SimpleNamespace(**settings)
     check_common(s)
-    require(s.mode in ('step', 'compare', 'sample', 'estimate'),
-            f"mode={s.mode!r} must be 'step', 'compare', 'sample' or 'estimate'")
-    require_at_least(s, 1, 'max_new_tokens', 'batch_size', 'gradient_accumulation_steps',
-                     'max_iters', 'processes')
-    require_at_least(s, 0, 'muon_lr')
-    require(0 < s.interconnect < float('inf'),
-            f'interconnect={s.interconnect} must be above 0, in GB/s')
+    for name in ('max_new_tokens', 'max_iters'):
+        require(getattr(s, name) > 0, f'{name}={getattr(s, name)} must be at least 1')
     if s.mode == 'estimate':
         require(s.processes > 1 or not s.fsdp,
                 'fsdp=True requires several processes; set --processes=N')

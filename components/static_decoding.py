@@ -146,6 +146,10 @@ class StaticKVCache:
         self.v = cache.v.new_zeros(B, nh, size, hs)
         self.position = position
 
+    def num_keys(self, T):
+        """ The number of keys after T more tokens, those of later tokens included. """
+        return self.k.shape[2]
+
     def load(self, cache):
         """ Copies a KVCache. """
         n = cache.length

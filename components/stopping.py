@@ -41,7 +41,7 @@ class StopConditions:
         self.scaler = scaler
         self.max_skipped_steps = max_skipped_steps
         self.signal_number = 0  # of the first signal to this process
-        self.signal_time = 0.0
+        self.signal_time = math.inf
         self.num_skipped_steps = 0  # in a row
         self.unread = []  # (iteration, HostCopy of signals, loss and gradient norm), oldest first
         self.delay = 1 if device.startswith('cuda') else 0  # iterations
@@ -60,7 +60,7 @@ class StopConditions:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.signal_number and time.monotonic() - self.signal_time > GRACE_SECONDS:
+        if time.monotonic() - self.signal_time > GRACE_SECONDS:
             os._exit(128 + number)
         if self.signal_number:
             return

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from components.checkpoint import find_checkpoint
 from components.device import describe_compile, has_bfloat16, peak_flops
 from components.distributed import print_master
-from components.settings import tokens_per_iter
 from components.tokenizer import get_tokenizer
 
 
@@ -36,11 +35,12 @@ def opening_lines(config, source, progress, model, optimizers, num_train_tokens)
     num_processes = int(os.environ.get('WORLD_SIZE', 1))
     s = SimpleNamespace(**config)
     yield from lines_about_start(s, source, progress)
+    tokens_per_iter = s.gradient_accumulation_steps * s.batch_size * s.block_size
     processes = '1 process'
     if num_processes > 1:
         processes = f'{num_processes} processes over {s.backend}'
     names = ' and '.join(type(optimizer).__name__ for optimizer in optimizers.values())
-    yield f'tokens per iteration will be: {tokens_per_iter(config):,}'
+    yield f'tokens per iteration will be: {tokens_per_iter:,}'
     yield f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
     yield str(model.config)
     yield f'device: {s.device}, {s.dtype}, {describe_compile(s.compile)}, {processes}, {names}'
@@ -54,7 +54,7 @@ def opening_lines(config, source, progress, model, optimizers, num_train_tokens)
     if num_iters <= 0 or s.eval_only:
         return
     yield from notes_on_schedule(s)
-    num_tokens = num_iters * tokens_per_iter(config)
+    num_tokens = num_iters * tokens_per_iter
     epochs = num_tokens / num_train_tokens
     seconds = num_tokens * model.flops_per_token(s.block_size) / (0.3 * peak * num_processes)
     yield (f'{num_iters:,} iterations: {num_tokens:,} tokens, {epochs:.3g} epochs, about '
@@ -106,25 +106,29 @@ def closing_line(config, progress, checkpoints, stop, clock):
         clock: its Clock
     """
     iter_num = progress.iter_num
-    if checkpoints.error:
-        outcome = f'NOT SAVED: {checkpoints.error}'
-    elif not stop.reason:
-        outcome = f'try: python sample.py --out_dir={config["out_dir"]}'
-    elif checkpoints.saved_iter == 0:
-        outcome = 'NOT SAVED'
-    else:
-        outcome = f'--init_from=resume continues from iteration {checkpoints.saved_iter:,}'
-    if stop.num_skipped_steps > 0:
-        outcome += (f', with a learning_rate below {config["learning_rate"]}, or with '
-                    '--dtype=float32')
-    if stop.reason:
-        return f'{stop.reason} at iteration {iter_num:,}; {outcome}'
     num_iters = iter_num - clock.first_iter
+    next_step = what_to_do(config, checkpoints, stop)
+    if stop.reason:
+        return f'{stop.reason} at iteration {iter_num:,}; {next_step}'
     if num_iters == 0:
         return (f'nothing to do: iteration {iter_num} is not below '
                 f'max_iters={config["max_iters"]}, or early_stopping has ended this run')
     duration = timedelta(seconds=round(clock.seconds_of_process()))
-    return f'{num_iters:,} iterations in {duration}, {best_loss(progress)}; {outcome}'
+    return f'{num_iters:,} iterations in {duration}, {best_loss(progress)}; {next_step}'
+
+
+def what_to_do(config, checkpoints, stop):
+    if checkpoints.error:
+        return f'NOT SAVED: {checkpoints.error}'
+    if not stop.reason:
+        return f'try: python sample.py --out_dir={config["out_dir"]}'
+    command = 'NOT SAVED; start again'
+    if checkpoints.saved_iter > 0:
+        command = f'--init_from=resume continues from iteration {checkpoints.saved_iter:,}'
+    if stop.num_skipped_steps > 0:
+        command += (f', with a learning_rate below {config["learning_rate"]}, or with '
+                    '--dtype=float32')
+    return command
 
 
 def perplexity_and_bits_per_byte(loss, record, ids):

@@ -12,7 +12,6 @@ import urllib.request
 from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from components.files import whole_file
 from components.tokenizer import get_tokenizer
 
 END_OF_DOCUMENT = None
+ROWS_CACHE = 'rows.tmp'  # folder beside the bins, while a dataset is prepared
 
 # -----------------------------------------------------------------------------
 # a download
@@ -39,8 +39,8 @@ def download(url, path, digest=None):
         if digest is not None and sha256(content).hexdigest() != digest:
             raise OSError('its content is not the expected text')
     except (OSError, HTTPException) as error:
-        raise OSError(f'could not download {url} ({error}). Save that text as {path} and run this '
-                      'again, or run data/python_char/prepare.py, which needs no network') from None
+        raise OSError(f'could not download {url} ({error}); save that text as {path}, or use the '
+                      'dataset python_char, which needs no network') from None
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -57,10 +57,9 @@ def find_files(source, suffixes, prefix=''):
     source = Path(source).expanduser()
     if not source.exists():
         raise UserError(f'{source} does not exist')
-    if source.is_file() and '.txt' in suffixes:
-        return [source]  # a text file may have any name
-
     if source.is_file():
+        if '.txt' in suffixes:
+            return [source]  # a text file may have any name
         candidates = [source]
     elif prefix:
         candidates = list(source.glob(f'{prefix}*'))
@@ -76,7 +75,8 @@ def find_files(source, suffixes, prefix=''):
 
 
 def _is_wanted(path, suffixes):
-    return path.suffix.lower() in suffixes and not path.name.startswith('.') and path.is_file()
+    is_hidden = path.name.startswith('.')
+    return path.suffix.lower() in suffixes and not is_hidden and path.is_file()
 
 
 def _files_below(source):
@@ -111,8 +111,7 @@ def _read_parquet(path):
     try:
         with ParquetFile(path, memory_map=True) as file:
             if 'text' not in file.schema_arrow.names:
-                columns = ', '.join(file.schema_arrow.names)
-                raise UserError(f"{path}: no column 'text'; its columns are {columns}")
+                raise UserError(f"{path}: no column 'text'")
             for batch in file.iter_batches(100, columns=['text']):
                 for text in batch['text'].to_pylist():
                     row += 1
@@ -164,13 +163,12 @@ def _read_txt(path):
                     yield piece[:end]
                     piece = piece[end:]
     except UnicodeDecodeError:
-        line = _first_line_not_in_utf8(path)
-        raise UserError(f'{path}, line {line}: not in UTF-8; save the file in UTF-8') from None
+        raise UserError(f'{path}, line {_line_not_in_utf8(path)}: not in UTF-8') from None
     yield piece
     yield END_OF_DOCUMENT
 
 
-def _first_line_not_in_utf8(path):
+def _line_not_in_utf8(path):
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             try:
@@ -192,14 +190,11 @@ def read_files(paths):
         yield from read_texts(path)
 
 
-class CorpusStats(NamedTuple):
-    num_documents: int
-    num_characters: int
-    characters: set
-
-
 def count_texts(paths):
-    """ Reads all files -> CorpusStats. Raises UserError if one is unreadable, or all are empty. """
+    """
+    Reads all files -> the number of documents, the number of characters, and the set of distinct
+    characters. Raises UserError if a file cannot be read.
+    """
     num_documents = 0
     num_characters = 0
     characters = set()
@@ -210,11 +205,8 @@ def count_texts(paths):
             else:
                 num_characters += len(text)
                 characters |= set(text)
-    if num_characters == 0:
-        names = ', '.join(str(path) for path in paths[:3])
-        raise UserError(f'no text in {names}')
     print(f'{len(paths):,} files, {num_documents:,} documents, {num_characters:,} characters')
-    return CorpusStats(num_documents, num_characters, characters)
+    return num_documents, num_characters, characters
 
 # -----------------------------------------------------------------------------
 # rows, which have numbers and can be shuffled
@@ -234,23 +226,21 @@ def load_rows(folder, source, name, config=None, split='train', prefix=''):
     get_tokenizer({'kind': 'gpt2'})  # raises before a long download, not after it
     if source:
         paths = find_files(source, ('.parquet', '.jsonl'), prefix)
-        return _load_local_rows(paths, cache_dir=folder / 'parts.tmp')
+        return _load_local_rows(paths, folder / ROWS_CACHE)
     return _load_hub_rows(name, config, split)
 
 
 def _load_local_rows(paths, cache_dir):
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
-    # The cache is named by these arguments; with the times in them, an edited file is read again
-    times = [path.stat().st_mtime_ns for path in paths]
     try:
         return Dataset.from_generator(_generate_rows, cache_dir=str(cache_dir),
-                                      gen_kwargs={'paths': paths, 'times': times})
+                                      gen_kwargs={'paths': paths})
     except DatasetGenerationError as error:
         raise error.__cause__ from None
 
 
-def _generate_rows(paths, times):
+def _generate_rows(paths):
     for text in read_files(paths):
         if text is not END_OF_DOCUMENT:
             yield {'text': text}

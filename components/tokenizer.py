@@ -17,7 +17,6 @@ Not here: how a text is encoded on all cores (text_to_bins.py), and reading toke
 import json
 import os
 import pickle
-import tempfile
 from pathlib import Path
 
 from components.errors import UserError
@@ -40,9 +39,8 @@ class CharTokenizer:
 
     def encode(self, text, special=False):
         """ Raises UserError if `text` has a character that is not in the vocabulary. """
-        unknown = sorted(set(text) - set(self.stoi))
+        unknown = ''.join(sorted(set(text) - set(self.itos)))
         if unknown:
-            unknown = ''.join(unknown)
             vocabulary = ''.join(self.itos)
             raise UserError(f'{unknown!r:.99} is not in the vocabulary, {vocabulary!r:.199}')
         return [self.stoi[character] for character in text]
@@ -59,12 +57,9 @@ class GPT2Tokenizer:
         try:
             self.bpe = tiktoken.get_encoding('gpt2')
         except OSError as error:  # every exception of requests is an OSError
-            default_cache = Path(tempfile.gettempdir(), 'data-gym-cache')
-            cache = os.environ.get('TIKTOKEN_CACHE_DIR') or default_cache
             raise OSError(
-                "could not download GPT-2's tokenizer, vocab.bpe and encoder.json "
-                f'({type(error).__name__}). tiktoken caches it in {cache}: copy that directory '
-                'from a machine with a network and set TIKTOKEN_CACHE_DIR to it, or use the '
+                f"could not download GPT-2's tokenizer ({type(error).__name__}); set "
+                "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another machine, or use the "
                 'dataset python_char, which needs no network') from None
         self.vocab_size = self.bpe.n_vocab
         self.end_of_text = self.bpe.eot_token

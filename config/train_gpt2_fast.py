@@ -1,6 +1,6 @@
-# GPT-2's size (124M; 162M with untied embeddings) on OpenWebText, with the recipe of the small
-# models, in a quarter of the iterations of train_gpt2.py. It is not tuned for this size; only its
-# first tokens were compared with train_gpt2.py, see config/readme.md.
+# GPT-2's size (124M; 162M with untied embeddings) on OpenWebText, with RoPE, RMSNorm, Muon, ... as
+# in config/readme.md, in a quarter of the iterations of train_gpt2.py. It is not tuned for this
+# size; only its first tokens were compared with train_gpt2.py.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
 
 out_dir = 'out-gpt2-fast'

@@ -1,5 +1,10 @@
 # A small character-level model of Python's own source, a dataset that needs no network: a minute on
-# 2 CPU cores. The recipe is that of train_shakespeare_char_cpu_fast.py. It also runs on a GPU.
+# 2 CPU cores. It also runs on a GPU. RoPE, RMSNorm, Muon, ... as in config/readme.md.
+#   python data/python_char/prepare.py
+#   python train.py config/train_python_char.py
+# For your own text, a token per character:
+#   python data/custom/prepare.py --source=my.txt --name=mine --tokenizer=char
+#   python train.py config/train_python_char.py --dataset=mine --out_dir=out-mine
 
 out_dir = 'out-python-char'
 eval_interval = 250

@@ -1,5 +1,5 @@
-# A small character-level model of Shakespeare for a CPU, with nanoGPT's recipe: a minute or two on
-# 2 cores. train_shakespeare_char_cpu_fast.py reaches the same loss much sooner.
+# A small character-level model of Shakespeare for a CPU, with nanoGPT's settings: a minute or two
+# on 2 cores. train_shakespeare_char_cpu_fast.py reaches the same loss much sooner.
 
 out_dir = 'out-shakespeare-char-cpu'
 eval_interval = 250

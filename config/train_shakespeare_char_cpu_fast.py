@@ -1,6 +1,6 @@
-# A model of the size of train_shakespeare_char_cpu.py, which reaches the same loss in less than a
-# twelfth of that config's time in float32. For a much lower loss in about that time, as in
-# config/readme.md, add
+# A model of the size of train_shakespeare_char_cpu.py, with RoPE, RMSNorm, Muon, ... as in
+# config/readme.md. It reaches the same loss in less than a twelfth of that config's time in
+# float32. For a much lower loss in about that time, add
 #   --block_size=256 --batch_size=6 --rope_base=800 --muon_lr=0.02 --min_lr=0
 #   --max_iters=1500 --lr_decay_iters=1500 --cooldown_iters=1500
 

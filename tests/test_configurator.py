@@ -15,7 +15,10 @@ _private = 1
 '''
 SCRIPT = f'''""" A script. """
 import os
-{SETTINGS}exec(open(os.path.join(ROOT, 'configurator.py')).read())
+# ---------
+{SETTINGS}
+# ---------
+exec(open(os.path.join(ROOT, 'configurator.py')).read())
 later = 2
 '''
 DEFAULTS = dict(size=4, rate=1e-3, name='x', flag=False, compile='auto')
@@ -44,39 +47,18 @@ def configure(run_configurator):
         return {key: names[key] for key in names['config_keys']}
     return execute
 
-
-@pytest.fixture
-def assert_refused(configure, capsys):
-    """ assert_refused(argument, pattern): one line that `pattern` matches, and exit code 2. """
-    def check(argument, pattern):
-        with pytest.raises(SystemExit) as stopped:
-            configure(argument)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2
-        assert error.startswith('script.py: ')
-        assert error.count('\n') == 1
-        assert re.search(pattern, error), error
-    return check
-
 # -----------------------------------------------------------------------------
-# --key=value
-
-
-def test_settings_are_public_variables_above_the_configurator(configure):
-    assert configure() == DEFAULTS
+# what it reads
 
 
 @pytest.mark.parametrize('argument, expected', [
-    ('--size=7', 7),
     ('--size=-7', -7),
-    ('--size=1_000', 1000),
     ('--size=6e5', 600000),
     ('--rate=1e-4', 1e-4),
     ('--rate=1', 1.0),
     ('--flag=True', True),
     ('--name=y', 'y'),
     ('--name=42', '42'),
-    ('--name=None', 'None'),
     ('--name=', ''),
     ('--name=a=b', 'a=b'),
     ('--compile=False', False),
@@ -90,6 +72,46 @@ def test_value(configure, argument, expected):
     assert type(settings[key]) is type(expected)
 
 
+@pytest.mark.parametrize('text, expected', [
+    pytest.param('import math\n'
+                 'size = 2 * 8\n'
+                 'name = "run-" + str(math.floor(2.5))\n'
+                 'def double(n):\n'
+                 '    return 2 * n\n'
+                 'rate = double(size)\n', dict(size=16, rate=32.0, name='run-2'), id='program'),
+    pytest.param('import numpy as np\nrate = np.float64(0.5)\nsize = np.int64(3)\n',
+                 dict(rate=0.5, size=3), id='numpy numbers'),
+    pytest.param('compile = False\n', dict(compile=False), id='auto'),
+    pytest.param('sizes = 5\nsize = 2 * sizes\n', dict(size=10), id='helper like its setting'),
+    pytest.param('del size\nflag = True\n', dict(flag=True), id='deleted setting'),
+])
+def test_config_file(configure, tmp_path, text, expected):
+    (tmp_path / 'a.py').write_text(text)
+    settings = configure('a.py')
+    assert settings == {**DEFAULTS, **expected}
+    for key in expected:
+        assert type(settings[key]) is type(expected[key])
+
+
+@pytest.mark.parametrize('arguments, size', [
+    ([], 4),
+    (['--size=5', '--size=6'], 6),
+    (['--size=5', '16.py'], 16),
+    (['16.py', '--size=5'], 5),
+    (['--size=5', 'default.py'], 4),
+    (['16.py', 'default.py'], 4),
+    (['--size=5', 'twice.py'], 10),
+])
+def test_last_argument_counts(configure, tmp_path, arguments, size):
+    (tmp_path / '16.py').write_text('size = 16\n')
+    (tmp_path / 'default.py').write_text('size = 4\n')
+    (tmp_path / 'twice.py').write_text('size = 2 * size\n')
+    assert configure(*arguments) == {**DEFAULTS, 'size': size}
+
+# -----------------------------------------------------------------------------
+# what it refuses
+
+
 @pytest.mark.parametrize('argument, pattern', [
     ('--size=1.5', 'size .*not 1.5'),
     ('--size=x', "size .*not 'x'"),
@@ -98,132 +120,65 @@ def test_value(configure, argument, expected):
     ('--rate=True', 'rate .*number, not True'),
     ('--flag=1', 'flag .*True or False, not 1'),
     ('--flag=true', "flag .*True or False, not 'true'"),
-    ('--sise=3', "unknown setting 'sise'; did you mean 'size'?"),
+    ('--sise=3', "unknown setting 'sise'; did you mean 'size'"),
     ('--_private=3', "unknown setting '_private'"),
     ('--later=3', "unknown setting 'later'"),
     ('--flag', "'--flag'; .*--key=value"),
     ('-size=3', "'-size=3'; .*--key=value"),
     ('size=3', "'size=3'; .*--key=value"),
+    ('syntax.py', 'syntax.py, line 2: SyntaxError'),
+    ('exception.py', 'exception.py, line 2: ZeroDivisionError'),
+    ('misspelt.py', "misspelt.py: unknown setting 'sizes'; did you mean 'size'"),
+    ('type.py', "type.py: size .*not 'big'"),
+    ('none.py', 'none.py: name .*string, not None'),
+    ('nowhere.py', "'nowhere.py' does not exist; .*--key=value"),
+    ('folder.py', "'folder.py' does not exist; .*--key=value"),
+    ('a.txt', "'a.txt' does not end in .py; .*--key=value"),
+    ('config/smal.py', 'did you mean config/small.py'),
+    ('small.py', 'did you mean config/small.py'),
 ])
-def test_refused_argument(assert_refused, argument, pattern):
-    assert_refused(argument, pattern)
+def test_refuses(configure, tmp_path, capsys, argument, pattern):
+    """ One line and exit code 2. """
+    files = {'syntax.py': '\nsize = (\n', 'exception.py': '\nsize = 1 / 0\n',
+             'misspelt.py': 'sizes = 5\n', 'type.py': 'size = "big"\n', 'none.py': 'name = None\n',
+             'a.txt': 'size = 5\n', 'config/small.py': 'size = 5\n', 'folder.py/x': ''}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        configure(argument)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith('script.py: ')
+    assert error.count('\n') == 1
+    assert re.search(pattern, error), error
 
 
-def test_last_argument_counts(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('size = 16\n')
-    assert configure('--size=5', '--size=6')['size'] == 6
-    assert configure('--size=5', 'a.py')['size'] == 16
-    assert configure('a.py', '--size=5')['size'] == 5
-
-# -----------------------------------------------------------------------------
-# config files
-
-
-def test_config_file_imports_and_computes(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('import math\n'
-                                   'size = 2 * 8\n'
-                                   'name = "run-" + str(math.floor(2.5))\n'
-                                   'def double(n):\n'
-                                   '    return 2 * n\n'
-                                   'rate = double(size)\n')
-    expected = dict(size=16, rate=32.0, name='run-2')
-    assert configure('a.py') == {**DEFAULTS, **expected}
-
-
-def test_config_file_reads_earlier_arguments(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('rate = 2 * size\n')
-    assert configure('--size=5', 'a.py')['rate'] == 10.0
-
-
-def test_config_file_with_the_default_value(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('size = 16\n')
-    (tmp_path / 'default.py').write_text('size = 4\n')
-    assert configure('--size=5', 'default.py')['size'] == 4
-    assert configure('a.py', 'default.py')['size'] == 4
-
-
-def test_numpy_numbers(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('import numpy as np\n'
-                                   'rate = np.float64(0.5)\n'
-                                   'size = np.int64(3)\n')
-    settings = configure('a.py')
-    assert type(settings['rate']) is float
-    assert type(settings['size']) is int
-
-
-def test_names_that_are_not_settings(configure, tmp_path, capsys):
-    (tmp_path / 'a.py').write_text('size = 5\nepochs = 3\nhelper_number = 4\n')
-    assert configure('a.py') == {**DEFAULTS, 'size': 5}
-    out = capsys.readouterr().out
-    assert re.fullmatch('a.py: .*epochs, helper_number\n', out)
-
-
-def test_name_like_a_setting_that_is_set(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('sizes = 5\nsize = 2 * sizes\n')
-    assert configure('a.py')['size'] == 10
-
-
-@pytest.mark.parametrize('text, pattern', [
-    pytest.param('size = (\n', 'a.py, line 1: SyntaxError', id='syntax'),
-    pytest.param('\nsize = 1 / 0\n', 'a.py, line 2: ZeroDivisionError', id='exception'),
-    pytest.param('sizes = 5\n', "a.py: unknown setting 'sizes'; did you mean 'size'?",
-                 id='misspelt'),
-    pytest.param('size = "big"\n', "a.py: size .*not 'big'", id='type'),
-    pytest.param('name = None\n', 'a.py: name .*string, not None', id='none'),
-])
-def test_broken_config_file(assert_refused, tmp_path, text, pattern):
-    (tmp_path / 'a.py').write_text(text)
-    assert_refused('a.py', pattern)
-
-
-def test_config_file_that_deletes_a_setting(configure, tmp_path):
-    (tmp_path / 'a.py').write_text('del size\nflag = True\n')
-    assert configure('a.py') == {**DEFAULTS, 'flag': True}
-
-
-@pytest.mark.parametrize('path, problem', [
-    ('nowhere.py', 'does not exist'),
-    ('a.txt', 'does not end in .py'),
-    ('folder.py', 'does not exist'),
-])
-def test_path_that_is_not_a_config_file(assert_refused, tmp_path, path, problem):
-    (tmp_path / 'a.txt').write_text('size = 5\n')
-    (tmp_path / 'folder.py').mkdir()
-    assert_refused(path, f"config file '{path}' {problem}; .*--key=value")
-
-
-def test_misspelt_config_file(assert_refused, tmp_path):
-    (tmp_path / 'config').mkdir()
-    (tmp_path / 'config/small.py').write_text('size = 5\n')
-    assert_refused('config/smal.py', 'did you mean config/small.py?')
-    assert_refused('small.py', 'did you mean config/small.py?')
-
-
-def test_misspelt_config_file_from_another_folder(assert_refused, tmp_path, monkeypatch):
+def test_misspelt_config_file_from_another_folder(configure, tmp_path, monkeypatch, capsys):
     (tmp_path / 'config').mkdir()
     (tmp_path / 'config/small.py').write_text('size = 5\n')
     (tmp_path / 'other').mkdir()
     monkeypatch.chdir(tmp_path / 'other')
-    assert_refused('config/small.py', rf'did you mean {tmp_path}/config/small\.py\?')
+    with pytest.raises(SystemExit):
+        configure('config/smal.py')
+    assert 'did you mean ../config/small.py?' in capsys.readouterr().err
 
 # -----------------------------------------------------------------------------
 # what it prints
 
 
-def test_overrides(run_configurator, tmp_path, capsys):
-    (tmp_path / 'a.py').write_text('size = 5\nname = "y"\n')
+@pytest.mark.parametrize('rank, overrides, pattern', [
+    ('0', ['overriding: size = 6', "overriding: name = 'y'"], 'a.py: .*epochs, helper_number\n'),
+    ('1', [], ''),
+])
+def test_overrides(run_configurator, tmp_path, monkeypatch, capsys, rank, overrides, pattern):
+    """ The first of several processes prints, also the names that are not settings. """
+    monkeypatch.setenv('RANK', rank)
+    (tmp_path / 'a.py').write_text('size = 5\nname = "y"\nepochs = 3\nhelper_number = 4\n')
     names = run_configurator('a.py', '--size=6', '--rate=1e-3')
-    assert names['config_overrides'] == ['overriding: size = 6', "overriding: name = 'y'"]
-    assert capsys.readouterr().out == ''
-
-
-def test_only_the_first_process_prints(run_configurator, tmp_path, monkeypatch, capsys):
-    (tmp_path / 'a.py').write_text('size = 5\nepochs = 3\n')
-    monkeypatch.setenv('RANK', '1')
-    names = run_configurator('a.py')
-    assert names['size'] == 5
-    assert names['config_overrides'] == []
-    assert capsys.readouterr().out == ''
+    assert names['config_overrides'] == overrides
+    assert names['size'] == 6
+    assert re.fullmatch(pattern, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize('argument', ['--help', '-h'])
@@ -241,15 +196,13 @@ SCRIPTS = ['train.py', 'sample.py', 'bench.py', 'export.py', 'plot.py',
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_help_of_script(tmp_path, script):
+def test_script(tmp_path, script):
+    """ Its --help holds the docstring and the settings; it refuses a setting it does not have. """
     out, _ = run(script, '--help', cwd=tmp_path)
     assert len(out) > 200
-    assert '\n\nimport' not in out
-    assert '__name__' not in out
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_script_refuses_unknown_setting(tmp_path, script):
+    has_settings = '\n# ---' in (ROOT / script).read_text()
+    assert bool(re.search(r'^\w+ = ', out, re.MULTILINE)) == has_settings
+    assert not re.search(r'^(import|def|exec|if) ', out, re.MULTILINE)
     _, error = run(script, '--no_such_setting=1', cwd=tmp_path, code=2)
     assert error.count('\n') == 1
     assert 'no_such_setting' in error

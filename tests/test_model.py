@@ -1,6 +1,7 @@
 """
 The model against closed forms and its own promises. Its logits, loss and gradients are compared
-with those of Hugging Face models in test_huggingface.py.
+with those of Hugging Face models in test_huggingface.py, its functions with torch's in
+test_functional.py.
 """
 import math
 
@@ -8,30 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_module
-from model import (
-    GPT,
-    RMS_NORM_EPS,
-    Dropout,
-    GPTConfig,
-    KVCache,
-    apply_rope,
-    padding_mask,
-    rms_norm,
-    rope_cos_sin,
-)
+from model import GPT, GPTConfig, apply_rope, rope_cos_sin
 
-RECIPE = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
-ARCHITECTURES = [
+FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
+architectures = pytest.mark.parametrize('args', [
     pytest.param(dict(), id='default'),
-    pytest.param(dict(bias=True), id='bias'),
-    pytest.param(dict(gelu='tanh'), id='tanh'),
+    pytest.param(dict(bias=True, gelu='tanh'), id='GPT-2'),
     pytest.param(dict(rotary=True), id='rotary'),
-    pytest.param(dict(rmsnorm=True), id='rmsnorm'),
     pytest.param(dict(qk_norm=True), id='qk_norm'),
-    pytest.param(dict(untied=True), id='untied'),
-    pytest.param(RECIPE, id='recipe'),
-]
+    pytest.param(FAST, id='fast'),
+])
+default_and_fast = pytest.mark.parametrize('args', [dict(), FAST], ids=['default', 'fast'])
 
 
 def small_gpt(**args):
@@ -51,7 +39,7 @@ def random_ids(B, T, seed=0):
 # forward
 
 
-@pytest.mark.parametrize('args', ARCHITECTURES)
+@architectures
 def test_causal_mask(args):
     model = small_gpt(**args)
     a = random_ids(1, 16)
@@ -60,47 +48,37 @@ def test_causal_mask(args):
     logits_a, _ = model(a, a)
     logits_b, _ = model(b, b)
     assert torch.equal(logits_a[:, :9], logits_b[:, :9])
-    is_different = (logits_a[:, 9:] != logits_b[:, 9:]).any(dim=-1)
-    assert is_different.all()
+    assert (logits_a[:, 9:] != logits_b[:, 9:]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize('args', ARCHITECTURES)
-def test_logits_of_the_last_position_without_targets(args):
-    model = small_gpt(**args)
-    idx = random_ids(2, 7)
-    last_logits, loss = model(idx)
-    all_logits, _ = model(idx, idx)
-    assert last_logits.shape == (2, 1, 40)
-    assert loss is None
-    torch.testing.assert_close(last_logits, all_logits[:, -1:])
-
-
-def test_loss_is_mean_cross_entropy(tiny):
+def test_loss_is_mean_cross_entropy_of_the_targets_that_are_not_ignored(tiny):
     idx = random_ids(2, 8)
     targets = random_ids(2, 8, seed=1)
+    targets[1, 3:] = -1
     logits, loss = tiny(idx, targets)
-    probs = logits.softmax(dim=-1)
-    target_probs = probs.gather(2, targets[:, :, None])
+    is_target = targets >= 0
+    probs = logits.softmax(dim=-1)[is_target]                               # (11, V)
+    target_probs = probs.gather(1, targets[is_target][:, None])             # (11, 1)
+    assert len(target_probs) == 11
     torch.testing.assert_close(loss, -target_probs.log().mean())
+    no_logits, same_loss = tiny(idx, targets, return_logits=False)
+    assert no_logits is None
+    assert torch.equal(same_loss, loss)
 
 
-def test_loss_ignores_targets_of_minus_one(tiny):
-    idx = random_ids(2, 8)
-    targets = idx.clone()
-    targets[1] = -1
-    _, loss = tiny(idx, targets)
-    _, loss_of_first_row = tiny(idx[:1], idx[:1])
-    torch.testing.assert_close(loss, loss_of_first_row)
-
-
-@pytest.mark.parametrize('args', [dict(), RECIPE], ids=['default', 'recipe'])
+@default_and_fast
 def test_more_tokens_than_block_size(args):
     model = small_gpt(**args)
-    with pytest.raises(ValueError, match='17 tokens are more than block_size=16'):
+    message = '17 tokens are more than block_size=16'
+    with pytest.raises(ValueError, match=message):
         model(random_ids(1, 17))
+    cache = model.new_cache(100)
+    model(random_ids(1, 16), cache=cache)
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(1, 1), cache=cache)
 
 
-@pytest.mark.parametrize('flag', RECIPE)
+@pytest.mark.parametrize('flag', FAST)
 def test_each_flag_changes_the_logits(flag):
     logits = []
     for args in (dict(), {flag: True}):
@@ -113,45 +91,44 @@ def test_each_flag_changes_the_logits(flag):
     assert (logits[0] - logits[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize('part', ['attn', 'mlp'])
-def test_dropout_in_each_part_of_a_block(part):
-    model = small_gpt(n_layer=1, dropout=0.5).train()
-    module = getattr(model.transformer.h[0], part)
-    x = torch.randn(1, 16, 16)
-    assert not torch.equal(module(x), module(x))
-    module.eval()
-    assert torch.equal(module(x), module(x))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('places', [
+    pytest.param({'attn.dropout'}, id='attention'),
+    pytest.param({'mlp.dropout'}, id='mlp'),
+    pytest.param(set(), id='embedding'),
+])
+def test_dropout_in_each_place(places, dtype):
+    """ Only in training; and the random numbers are a function of torch's seed. """
+    model = small_gpt(n_layer=1, dropout=0.0)
+    block = model.transformer.h[0]
+    if places == {'attn.dropout'}:
+        block.attn.dropout = 0.5
+    elif places == {'mlp.dropout'}:
+        block.mlp.dropout = 0.5
+    else:
+        model.config.dropout = 0.5
+    idx = random_ids(2, 16)
+    outputs = []
+    for training, seed in ((False, 0), (False, 1), (True, 0), (True, 0), (True, 1)):
+        model.train(training)
+        torch.manual_seed(seed)
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs.append(model(idx, idx)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[2], outputs[3])
+    assert not torch.equal(outputs[2], outputs[4])
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_dropout_of_attention_weights(dtype):
-    model = small_gpt(n_layer=1, dropout=0.5).train()
-    attention = model.transformer.h[0].attn
-    attention.resid_dropout.eval()
-    x = torch.randn(1, 16, 16)
-    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
-        assert not torch.equal(attention(x), attention(x))
-
-
-@pytest.mark.parametrize('p', [0.1, 0.25, 0.5, 0.9])
-def test_dropout_rate(p):
-    """ Of 999,999 elements the rate is p within 5 standard deviations; the others are scaled. """
-    y = Dropout(p)(torch.ones(999, 1001))
-    is_kept = y != 0
-    assert y[is_kept] == pytest.approx(1 / (1 - p))
-    tolerance = 5 * (p * (1 - p) / y.numel()) ** 0.5
-    assert 1 - is_kept.float().mean().item() == pytest.approx(p, abs=tolerance)
-
-
-def test_dropout_of_nearly_everything():
-    assert Dropout(0.999999)(torch.ones(10_000)).count_nonzero() < 10
-
-
-def test_dropout_is_not_correlated_between_neighbors():
-    """ Four of them share a random number of 64 bits. """
-    is_kept = (Dropout(0.5)(torch.ones(400_000)) != 0).view(-1, 4)
-    correlations = torch.corrcoef(is_kept.T.float()) - torch.eye(4)
-    assert correlations.abs().max() < 5 / 100_000 ** 0.5
+def test_dropout_of_attention_weights():
+    """ Without that of the projection, which F.dropout does. """
+    attention = small_gpt(dropout=0.5).transformer.h[0].attn.train()
+    torch.nn.init.eye_(attention.c_proj.weight)
+    torch.nn.init.zeros_(attention.c_attn.weight)
+    torch.nn.init.eye_(attention.c_attn.weight[32:])                        # v = x
+    y = attention(torch.ones(1, 1, 16))
+    # one weight of each of the two heads is 0 or 2; the projection's dropout doubles or drops again
+    assert set(y.flatten().tolist()) <= {0, 4}
 
 
 def test_attention_gradients_in_float64(tiny):
@@ -159,52 +136,9 @@ def test_attention_gradients_in_float64(tiny):
     assert torch.autograd.gradcheck(tiny.transformer.h[0].attn.double(), x)
 
 
-@pytest.mark.parametrize('args', ARCHITECTURES)
-def test_attention_by_matrices_equals_scaled_dot_product_attention(args, monkeypatch):
-    """ In bfloat16 on a CPU: as close to float32 as attention in float32 is. """
-    model = small_gpt(**args)
-    idx = random_ids(3, 16)
-    exact = gradients(model, idx, torch.float32)
-    monkeypatch.setattr(model_module, 'MAX_ATTENTION_MATRIX', 16)
-    by_matrices = gradients(model, idx, torch.bfloat16)
-    monkeypatch.setattr(model_module, 'MAX_ATTENTION_MATRIX', 15)
-    by_torch = gradients(model, idx, torch.bfloat16)
-    assert not torch.equal(by_matrices, by_torch)
-    error = (by_matrices - exact).norm() / exact.norm()
-    error_of_torch = (by_torch - exact).norm() / exact.norm()
-    assert error < 1.5 * error_of_torch
-    assert error < 0.05
-
-
-def gradients(model, idx, dtype):
-    """ Those of the mean loss by all parameters, in one vector, computed in `dtype`. """
-    model.zero_grad()
-    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-        _, loss = model(idx, idx)
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def test_rms_norm_with_gradients_equals_that_of_torch():
-    torch.manual_seed(0)
-    x = torch.randn(3, 5, 8, requires_grad=True)
-    grad = torch.randn(3, 5, 8)
-    expected = F.rms_norm(x, (8,), eps=RMS_NORM_EPS)
-    torch.testing.assert_close(rms_norm(x), expected)
-    expected_grad, = torch.autograd.grad(expected, x, grad)
-    x_grad, = torch.autograd.grad(rms_norm(x), x, grad)
-    torch.testing.assert_close(x_grad, expected_grad)
-
-
-@pytest.mark.parametrize('scale', [1, 1e-3], ids=['', 'epsilon matters'])
-def test_rms_norm_gradients_in_float64(scale):
-    x = scale * torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(rms_norm, x, eps=1e-7)
-
-
 def test_autocast_on_a_cpu():
     """ The error of bfloat16 is small, and gradients are in float32. """
-    model = small_gpt(**RECIPE)
+    model = small_gpt(**FAST)
     idx = random_ids(3, 16)
     exact, _ = model(idx, idx)
     with torch.autocast('cpu', torch.bfloat16):
@@ -216,10 +150,8 @@ def test_autocast_on_a_cpu():
 
 
 def test_model_in_bfloat16():
-    model = small_gpt(**RECIPE).bfloat16()
-    idx = random_ids(3, 16)
-    logits, _ = model(idx, idx)
-    assert logits.dtype == torch.bfloat16
+    logits, loss = small_gpt(**FAST).bfloat16()(random_ids(3, 16), random_ids(3, 16))
+    assert logits.dtype == loss.dtype == torch.bfloat16
 
 # -----------------------------------------------------------------------------
 # RoPE
@@ -227,24 +159,20 @@ def test_model_in_bfloat16():
 
 @pytest.mark.parametrize('base', [10000, 20])
 def test_rope_is_a_rotation_of_complex_numbers(base):
-    head_size = 8
-    cos, sin = rope_cos_sin(16, head_size, base)
-    x = torch.randn(3, 16, 2, head_size, generator=torch.Generator().manual_seed(0))
-    pairs = torch.complex(x[..., :4], x[..., 4:])                           # (B, T, nh, hs/2)
+    x = torch.randn(3, 2, 16, 8, generator=torch.Generator().manual_seed(0))    # (B, nh, T, hs)
+    pairs = torch.complex(x[..., :4], x[..., 4:])                           # (B, nh, T, hs/2)
     for position in range(16):
-        for i in range(head_size // 2):
-            angle = position * base ** (-2 * i / head_size)
-            pairs[:, position, :, i] *= complex(math.cos(angle), -math.sin(angle))
+        for i in range(4):
+            angle = position * base ** (-2 * i / 8)
+            pairs[:, :, position, i] *= complex(math.cos(angle), -math.sin(angle))
     expected = torch.cat((pairs.real, pairs.imag), dim=-1)
-    rotated = apply_rope(x, cos[:, 0], sin[:, 0])
-    torch.testing.assert_close(rotated, expected)
+    torch.testing.assert_close(apply_rope(x, *rope_cos_sin(16, 8, base)), expected)
 
 
 def test_rope_is_relative():
     """ The product of a query and a key depends on their distance, not on their positions. """
-    cos, sin = rope_cos_sin(16, 8)
     x = torch.randn(8, generator=torch.Generator().manual_seed(1))
-    rotated = apply_rope(x.expand(1, 16, 1, 1, 8), cos, sin)[0, :, 0, 0]    # (T, hs)
+    rotated = apply_rope(x.expand(16, 8), *rope_cos_sin(16, 8))             # (T, hs)
     products = rotated @ rotated.T                                          # (T, T)
     for distance in range(15):
         diagonal = products.diagonal(distance)
@@ -253,102 +181,33 @@ def test_rope_is_relative():
     assert products[0].std() > 0.1
 
 
-def test_rope_base_of_a_model():
+def test_rope_of_a_model():
+    """ With its base; and not in checkpoints, where those of a cropped model would not fit. """
     model = small_gpt(rotary=True, rope_base=20)
     cos, sin = rope_cos_sin(16, 8, 20)
     assert torch.equal(model.cos, cos)
     assert torch.equal(model.sin, sin)
-
-
-def test_rope_cos_sin_are_not_in_checkpoints():
-    """ A checkpoint of a cropped model could not be loaded with them. """
-    state = small_gpt(rotary=True).state_dict()
-    assert 'cos' not in state
-    assert 'sin' not in state
+    assert not {'cos', 'sin'} & set(model.state_dict())
 
 # -----------------------------------------------------------------------------
-# KV cache and padding
+# KV cache and generate
 
 
-@pytest.mark.parametrize('args', ARCHITECTURES)
+@architectures
 @torch.no_grad()
 def test_kv_cache_equals_no_cache(args):
+    """ A prompt, several tokens at once, and one by one: the logits of the last of them. """
     model = small_gpt(**args)
     idx = random_ids(2, 16)
     expected, _ = model(idx, idx)
     cache = model.new_cache(16)
-    logits, _ = model(idx[:, :9], cache=cache)
-    torch.testing.assert_close(logits[:, 0], expected[:, 8], rtol=1e-4, atol=1e-5)
-    for n in range(9, 16):
-        logits, _ = model(idx[:, n:n + 1], cache=cache)
-        torch.testing.assert_close(logits[:, 0], expected[:, n], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('args', ARCHITECTURES)
-@torch.no_grad()
-def test_padding_equals_no_padding(args):
-    model = small_gpt(**args)
-    idx = random_ids(3, 12)
-    pad = torch.tensor([0, 3, 7])
-    cache = model.new_cache(12)
-    prefill_logits, _ = model(idx[:, :11], cache=cache, pad=pad)
-    logits, _ = model(idx[:, 11:], cache=cache, pad=pad)
-    uncached_logits, _ = model(idx, pad=pad)
-    for row, n in enumerate(pad.tolist()):
-        expected, _ = model(idx[row:row + 1, n:], idx[row:row + 1, n:])     # (1, 12 - n, 40)
-        torch.testing.assert_close(prefill_logits[row, 0], expected[0, -2], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(logits[row, 0], expected[0, -1], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(uncached_logits[row, 0], expected[0, -1], rtol=1e-4, atol=1e-5)
-
-
-def test_padding_mask():
-    pad = [0, 3, 6]
-    mask = padding_mask(torch.tensor([3, 4]), 5, torch.tensor(pad))
-    assert mask.shape == (3, 1, 2, 5)
-    for row in range(3):
-        for i, query in enumerate((3, 4)):
-            for key in range(5):
-                is_earlier_token = pad[row] <= key <= query
-                assert mask[row, 0, i, key] == (is_earlier_token or key == query)
-
-
-@pytest.mark.parametrize('args', [dict(), RECIPE], ids=['default', 'recipe'])
-@torch.no_grad()
-def test_kv_cache_past_block_size(args):
-    model = small_gpt(**args)
-    cache = model.new_cache(100)
-    for _ in range(16):
-        model(torch.tensor([[1]]), cache=cache)
-    with pytest.raises(ValueError, match='17 tokens are more than block_size=16'):
-        model(torch.tensor([[1]]), cache=cache)
-
-
-def test_kv_cache_returns_all_tokens_in_order():
-    cache = KVCache(5)
-    k = torch.randn(2, 3, 5, 4)
-    v = torch.randn(2, 3, 5, 4)
-    cache.extend(k[:, :, :3], v[:, :, :3])
-    all_k, all_v = cache.extend(k[:, :, 3:4], v[:, :, 3:4])
-    assert torch.equal(all_k, k[:, :, :4])
-    assert torch.equal(all_v, v[:, :, :4])
-    assert cache.length == 4
-
-
-def test_kv_cache_repeat():
-    cache = KVCache(2)
-    k = torch.randn(1, 3, 2, 4)
-    v = torch.randn(1, 3, 2, 4)
-    cache.extend(k[:, :, :1], v[:, :, :1])
-    cache.repeat(5)
-    new_k = torch.randn(5, 3, 1, 4)
-    all_k, all_v = cache.extend(new_k, new_k)
-    for row in range(5):
-        assert torch.equal(all_k[row, :, 0], k[0, :, 0])
-        assert torch.equal(all_v[row, :, 0], v[0, :, 0])
-        assert torch.equal(all_k[row, :, 1], new_k[row, :, 0])  # rows do not share memory
-
-# -----------------------------------------------------------------------------
-# generate
+    ends = [6, 9, *range(10, 17)]
+    for start, end in zip([0, *ends], ends):
+        logits, loss = model(idx[:, start:end], cache=cache)
+        assert loss is None
+        assert logits.shape == (2, 1, 40)
+        assert cache[0].length == end
+        torch.testing.assert_close(logits[:, 0], expected[:, end - 1], rtol=1e-4, atol=1e-5)
 
 
 def test_generate_samples_from_the_softmax_of_the_top_k(tiny):
@@ -356,88 +215,58 @@ def test_generate_samples_from_the_softmax_of_the_top_k(tiny):
     idx = random_ids(1, 20)  # longer than block_size
     logits = tiny(idx[:, -16:])[0][0, -1] / 0.7
     top_ids = logits.topk(5).indices
-    probs = F.softmax(logits[top_ids], dim=-1)
     torch.manual_seed(0)
     samples = tiny.generate(idx.repeat(4000, 1), 1, temperature=0.7, top_k=5)[:, -1]
     counts = torch.stack([(samples == i).sum() for i in top_ids])
     assert counts.sum() == 4000
-    expected = 4000 * probs
+    expected = 4000 * F.softmax(logits[top_ids], dim=-1)
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 18.5  # the 99.9% quantile for four degrees of freedom
 
 
 def test_generate_with_vocab_size(tiny):
-    prompts = torch.zeros(300, 1, dtype=torch.long)
+    prompts = random_ids(300, 2)
     limited = tiny.generate(prompts, 3, top_k=1000, vocab_size=7)
-    unlimited = tiny.generate(prompts, 3, top_k=0)
-    assert limited.max() < 7
-    assert unlimited.max() > 7
-
-
-def test_generate_keeps_the_prompt(tiny):
-    idx = random_ids(2, 5)
-    out = tiny.generate(idx, 4)
-    assert out.shape == (2, 9)
-    assert torch.equal(out[:, :5], idx)
+    assert limited.shape == (300, 5)
+    assert torch.equal(limited[:, :2], prompts)
+    assert limited[:, 2:].max() < 7
+    assert tiny.generate(prompts, 3, top_k=0)[:, 2:].max() > 7
 
 # -----------------------------------------------------------------------------
 # parameters
 
 
-def test_names_and_number_of_parameters():
-    C, V, T, L = 16, 40, 16, 3
-    sizes = dict(block_size=T, vocab_size=V, n_layer=L, n_head=2, n_embd=C)
-    model = GPT(GPTConfig(**sizes, bias=True))
+def test_names_number_and_initialization_of_parameters():
+    C, V, T, L = 64, 500, 64, 8
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=L, n_head=2, n_embd=C, bias=True))
     assert model.lm_head.weight is model.transformer.wte.weight
     expected = V * C + L * (12 * C * C + 13 * C) + 2 * C
     assert model.get_num_params() == expected
     assert model.get_num_params(non_embedding=False) == expected + T * C
-    names = {
-        'transformer.wte.weight',
-        'transformer.wpe.weight',
-        'transformer.h.2.ln_1.bias',
-        'transformer.h.2.attn.c_attn.bias',
-        'transformer.h.1.attn.c_proj.weight',
-        'transformer.h.1.ln_2.weight',
-        'transformer.h.0.mlp.c_fc.weight',
-        'transformer.h.0.mlp.c_proj.weight',
-        'transformer.ln_f.bias',
-        'lm_head.weight',
-    }
-    assert names <= set(model.state_dict())
+    names = {'transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight'}
+    names |= {f'transformer.ln_f.{kind}' for kind in ('weight', 'bias')}
+    for layer in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj'):
+        names |= {f'transformer.h.{i}.{layer}.weight' for i in range(L)}
+        names |= {f'transformer.h.{i}.{layer}.bias' for i in range(L)}
+    assert set(model.state_dict()) == names
 
-
-def test_number_of_parameters_without_a_position_embedding():
-    model = small_gpt(**RECIPE)
-    n = sum(p.numel() for p in model.parameters())
-    assert model.get_num_params() == n
-    assert model.get_num_params(non_embedding=False) == n
-
-
-def test_initialization():
-    torch.manual_seed(0)
-    sizes = dict(block_size=64, vocab_size=500, n_layer=8, n_head=2, n_embd=64)
-    model = GPT(GPTConfig(**sizes, bias=True))
     for name, p in model.named_parameters():
         if name.endswith('.bias'):
             assert (p == 0).all()
         elif '.ln_' in name:
             assert (p == 1).all()
         else:
-            expected_std = 0.02
-            if name.endswith('c_proj.weight'):
-                expected_std = 0.02 / math.sqrt(2 * 8)
-            assert p.std().item() == pytest.approx(expected_std, rel=0.05), name
+            is_residual = name.endswith('c_proj.weight')
+            std = 0.02 / math.sqrt(2 * L) if is_residual else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
 
 
-@pytest.mark.parametrize('newer', [{}, dict(rotary=True, rmsnorm=True, qk_norm=True)], ids=repr)
-def test_activation_checkpointing_changes_no_number(newer):
+@default_and_fast
+def test_activation_checkpointing_changes_no_number(args):
     """ Bit for bit, with dropout; and fewer tensors are saved for the backward pass. """
-    config = GPTConfig(block_size=16, vocab_size=40, n_layer=3, n_head=2, n_embd=16, dropout=0.2,
-                       **newer)
-    torch.manual_seed(0)
-    model = GPT(config)
-    idx = torch.randint(40, (2, 17))
+    model = small_gpt(n_layer=3, dropout=0.2, **args).train()
+    idx = random_ids(2, 16)
     losses = []
     gradients = []
     saved_bytes = []
@@ -451,7 +280,7 @@ def test_activation_checkpointing_changes_no_number(newer):
             return tensor
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _, loss = model(idx[:, :-1], idx[:, 1:])
+            _, loss = model(idx, idx)
         saved_bytes.append(sum(saved.values()))
         loss.backward()
         losses.append(loss.item())
@@ -461,89 +290,52 @@ def test_activation_checkpointing_changes_no_number(newer):
     assert saved_bytes[1] < saved_bytes[0] / 3
 
 
-def test_activation_checkpointing_knows_padding():
-    model = small_gpt(bias=False)
-    idx = torch.randint(model.config.vocab_size, (2, 8))
-    pad = torch.tensor([0, 3])
-    expected, _ = model(idx, pad=pad)
-    model.activation_checkpointing = True
-    logits, _ = model(idx, pad=pad)
-    torch.testing.assert_close(logits, expected)
-
-
 def test_configure_optimizers():
     model = small_gpt(bias=True)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     assert isinstance(optimizer, torch.optim.AdamW)
     decay, no_decay = optimizer.param_groups
-    assert decay['weight_decay'] == 0.1
-    assert no_decay['weight_decay'] == 0.0
+    assert (decay['weight_decay'], no_decay['weight_decay']) == (0.1, 0.0)
     assert all(p.dim() >= 2 for p in decay['params'])
     assert all(p.dim() < 2 for p in no_decay['params'])
     assert len(decay['params']) + len(no_decay['params']) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize('args', [dict(), RECIPE], ids=['default', 'recipe'])
+@default_and_fast
 def test_crop_block_size(args):
     model = small_gpt(**args)
     idx = random_ids(2, 8)
     before, _ = model(idx, idx)
     model.crop_block_size(8)
-    after, _ = model(idx, idx)
-    assert torch.equal(before, after)
-    with pytest.raises(ValueError, match='9 tokens are more than block_size=8'):
-        model(random_ids(1, 9))
-    cropped = GPT(GPTConfig(**vars(model.config)))
+    cropped = GPT(GPTConfig(**vars(model.config))).eval()
     cropped.load_state_dict(model.state_dict())
-    after_loading, _ = cropped.eval()(idx, idx)
-    assert torch.equal(before, after_loading)
-
-
-def test_block_size_cannot_be_extended(tiny):
+    for after in (model, cropped):
+        assert torch.equal(before, after(idx, idx)[0])
+        with pytest.raises(ValueError, match='9 tokens are more than block_size=8'):
+            after(random_ids(1, 9))
     with pytest.raises(AssertionError, match='reduced'):
-        tiny.crop_block_size(17)
+        model.crop_block_size(9)
 
 
-def test_flops_and_mfu(tiny):
-    N, L, HQ, T = tiny.get_num_params(), 2, 16, 16
-    flops = 6 * N + 12 * L * HQ * T
-    assert tiny.flops_per_token(T) == flops
-    mfu = tiny.estimate_mfu(fwdbwd_per_iter=5, dt=0.5, peak=1e9)
-    assert mfu == pytest.approx(flops * T * 5 / 0.5 / 1e9)
-
-
-def test_mfu_of_this_machine(tiny, monkeypatch):
-    asked = []
-
-    def peak_flops(device_type, dtype):
-        asked.append((device_type, dtype))
-        return 2e9, 'a test'
-
-    monkeypatch.setattr('components.device.peak_flops', peak_flops)
-    assert tiny.estimate_mfu(5, 0.5) == tiny.estimate_mfu(5, 0.5, peak=2e9)
-    assert asked == [('cpu', 'float32')]
-
-
-def test_flops_of_untied_embeddings():
-    """ The token embedding is a lookup without FLOPs. """
-    model = small_gpt(**RECIPE)
-    n = sum(p.numel() for p in model.parameters())
-    assert model.flops_per_token(16) == 6 * (n - 40 * 16) + 12 * 2 * 16 * 16
-
-# -----------------------------------------------------------------------------
-# configuration
+@default_and_fast
+def test_flops_and_mfu(args, monkeypatch):
+    """ Without the position embedding and an untied token embedding, which are lookups. """
+    model = small_gpt(**args)
+    matrices = 2 * 12 * 16 * 16 + 40 * 16  # of the blocks, and lm_head
+    norms = 0 if args else 5 * 16
+    flops = 6 * (matrices + norms) + 12 * 2 * 16 * 16
+    assert model.flops_per_token(16) == flops
+    mfu = model.estimate_mfu(fwdbwd_per_iter=5, dt=0.5, peak=1e9)
+    assert mfu == pytest.approx(flops * 16 * 5 / 0.5 / 1e9)
+    monkeypatch.setattr('components.device.peak_flops', {'cpu': (2e9, 'a test')}.get)
+    assert model.estimate_mfu(5, 0.5) == pytest.approx(mfu / 2)
 
 
 @pytest.mark.parametrize('args', [
-    pytest.param(dict(n_embd=10, n_head=3), id='n_head'),
-    pytest.param(dict(n_layer=0), id='zero'),
-    pytest.param(dict(block_size=-1), id='negative'),
-    pytest.param(dict(vocab_size=1.5), id='float'),
-    pytest.param(dict(n_layer=True), id='bool'),
-    pytest.param(dict(dropout=1.0), id='dropout'),
-    pytest.param(dict(gelu='relu'), id='gelu'),
-    pytest.param(dict(n_embd=15, n_head=3, rotary=True), id='odd head size'),
-])
+    dict(n_embd=10, n_head=3), dict(n_layer=0), dict(block_size=-1), dict(vocab_size=1.5),
+    dict(n_layer=True), dict(dropout=1.0), dict(gelu='relu'),
+    dict(n_embd=15, n_head=3, rotary=True),  # an odd head size
+], ids=str)
 def test_invalid_configuration(args):
     first_name = next(iter(args))
     with pytest.raises(ValueError, match=first_name):

@@ -107,10 +107,10 @@ def split_characters(paths, num_characters):
 def print_next_command():
     flags = f'--dataset={name} --out_dir=out-{Path(name).name}'
     if tokenizer == 'char':
-        print(f'to train a model: python train.py config/train_custom.py {flags}')
+        print(f'to train a model: python train.py config/train_python_char.py {flags}')
     else:
         print(f'to train a model: python train.py config/train_wikitext2_fast.py {flags}')
-        print('for more than 500,000 tokens, config/train_custom.py lists flags of larger models')
+        print('for more than 500,000 tokens, see the first lines of that config')
     has_model = os.path.exists(os.path.join(tokenizer, 'config.json'))
     if tokenizer == 'gpt2' or has_model:
         flags = f'--init_from={tokenizer} {flags}'
@@ -123,16 +123,16 @@ if __name__ == '__main__':
     folder = DATA_DIR / name
     with one_line_errors():
         check_settings(folder)
+        paths = find_files(source, ('.txt', '.jsonl', '.parquet'))
     for line in config_overrides:  # noqa: F821
         print(line)
 
     with preparing(folder):
-        paths = find_files(source, ('.txt', '.jsonl', '.parquet'))
-        stats = count_texts(paths)
-        record = make_record(stats.characters)
-        if stats.num_documents > 1:
-            splits = split_documents(paths, stats.num_documents)
+        num_documents, num_characters, characters = count_texts(paths)
+        record = make_record(characters)
+        if num_documents > 1:
+            splits = split_documents(paths, num_documents)
         else:
-            splits = split_characters(paths, stats.num_characters)
-        write_bins(folder, splits, record, stats.num_characters)
+            splits = split_characters(paths, num_characters)
+        write_bins(folder, splits, record, num_characters)
         print_next_command()

@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 from components.text_sources import download, read_text  # noqa: E402
 from components.text_to_bins import preparing, write_bins  # noqa: E402
 
-# with an underscore, because a public name would be a setting
 _URL = 'https://www.gutenberg.org/cache/epub/1661/pg1661.txt'
 
 
@@ -33,7 +32,7 @@ def cut_out_book(text):
     text = re.sub(r'End of (?:the )?Project Gutenberg.*\Z', '', text, flags=re.DOTALL)
     return text.strip() + '\n'
 
-# -----------------------------------------------------------------------------
+
 if __name__ == '__main__':
     exec((ROOT / 'configurator.py').read_text())
 

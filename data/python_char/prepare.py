@@ -23,7 +23,6 @@ from components.text_to_bins import preparing, write_bins  # noqa: E402
 VOCABULARY = ['\n', *map(chr, range(32, 127))]
 EXCLUDED_FOLDERS = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
 MAX_CHARACTERS = 12_000_000
-# -----------------------------------------------------------------------------
 
 
 def find_source_files(library):

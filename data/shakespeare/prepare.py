@@ -18,7 +18,7 @@ from components.text_to_bins import preparing, write_bins  # noqa: E402
 
 _URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 _SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-# -----------------------------------------------------------------------------
+
 if __name__ == '__main__':
     exec((ROOT / 'configurator.py').read_text())
 
