@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, NANOGPT_MODEL_ARGS, ROOT, train
+from conftest import FAST, NANOGPT_MODEL_ARGS, train
 from kill_and_resume import checkpoint_differences, differences
 
 from components.dataset import epoch_starts
@@ -26,29 +26,6 @@ def moments(names, key='exp_avg'):
     """ AdamW's moments of all parameters, in a list. `names` are train.py's global variables. """
     state = names['optimizers']['optimizer'].state
     return [state[p][key] for p in names['raw_model'].parameters()]
-
-# -----------------------------------------------------------------------------
-# settings
-
-NANOGPT_SETTINGS = dict(
-    out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
-    always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt',
-    wandb_run_name='gpt2', dataset='openwebtext', gradient_accumulation_steps=40, batch_size=12,
-    block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False,
-    learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0,
-    decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5)
-OTHER_SETTINGS = dict(
-    rotary=False, rope_base=10000, rmsnorm=False, qk_norm=False, untied=False, muon_lr=0.0,
-    cooldown_iters=0, early_stopping=0, checkpoint_interval=0, without_replacement=False,
-    max_skipped_steps=10, backend='auto', device='auto', dtype='auto', compile='auto')
-
-
-@pytest.mark.parametrize('expected', [NANOGPT_SETTINGS, OTHER_SETTINGS], ids=['nanoGPT', 'other'])
-def test_default_settings(expected):
-    source, _, _ = (ROOT / 'train.py').read_text().partition('\nexec(')
-    names = {}
-    exec(source, names)
-    assert {name: names[name] for name in expected} == expected
 
 # -----------------------------------------------------------------------------
 # batches
