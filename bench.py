@@ -299,14 +299,11 @@ def sampling_methods():
     return methods
 
 
-def read_bandwidth(block, repetitions):
-    """ Bytes per second at which a large tensor is read, one figure for each repetition. """
-    bandwidths = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        block.sum().item()
-        bandwidths.append(block.nbytes / (time.perf_counter() - start))
-    return bandwidths
+def read_bandwidth(block):
+    """ Bytes per second at which a large tensor is read. """
+    start = time.perf_counter()
+    block.sum().item()
+    return block.nbytes / (time.perf_counter() - start)
 
 
 def bench_sampling():
@@ -316,7 +313,7 @@ def bench_sampling():
     bandwidths = []
     times = {}
     for i in range(ROUNDS):
-        bandwidths += read_bandwidth(block, 5)
+        bandwidths += [read_bandwidth(block) for _ in range(5)]
         for name, method in methods.items():
             for B in method.batch_sizes:
                 seconds = method.sample(B)

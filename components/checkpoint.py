@@ -273,9 +273,8 @@ def load_checkpoint(path, mmap=False):
     except FileNotFoundError:
         raise UserError(f'checkpoint {path} does not exist; train a model first') from None
     except Exception as error:  # a broken file can raise any exception
-        reason = str(error).partition('\n')[0]
         raise UserError(f'{path} is not a complete checkpoint of tensors and plain data, or '
-                        f'contains code, which was not run: {reason:.200}') from None
+                        f'contains code, which was not run ({type(error).__name__})') from None
     check_format(checkpoint, path)
 
     args = dict(checkpoint['model_args'])

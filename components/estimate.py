@@ -141,7 +141,8 @@ def size_of_loss(config, tokens, dtype, is_compiled):
     C = config.n_embd
     itemsize = getattr(torch, dtype).itemsize
     if is_compiled:
-        return 2 * itemsize * V * tokens  # logits and their gradient; the rest is fused
+        # logits and their gradient, at most: on a CPU in float32 the second replaced the first
+        return 2 * itemsize * V * tokens
     if V * tokens <= MAX_LOGITS:
         return 3 * FLOAT32 * V * tokens   # log-softmax, its gradient, the gradient of the logits
     chunk = 2 * FLOAT32 * V * loss_chunk_size(V)  # logits and log-softmax of a chunk of tokens

@@ -116,9 +116,8 @@ class StaticDecoder:
         Captures a step in a CUDA graph, before the state has a prompt that this would change. See
         "CUDA Graphs" in PyTorch's notes on CUDA semantics.
 
-        Not by torch.compile(mode='reduce-overhead'): that requires Triton and a C compiler, and
-        skips functions that change their inputs, as step() changes the cache, unless each of these
-        tensors is marked as static.
+        torch.compile(mode='reduce-overhead') requires Triton and a C compiler, and skips functions
+        that change their inputs, as step() changes the cache.
         """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

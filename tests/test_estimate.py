@@ -112,6 +112,11 @@ def test_total_is_the_peak_of_two_micro_batches(dtype, architecture, settings, m
             clip_and_step(optimizers, scaler, model.parameters(), loss)
     memory = estimate.memory_of_training(model, BATCH_SIZE, dtype, **settings)
     assert sum(memory.values()) == pytest.approx(live.peak, rel=0.1)
+    moments = 0
+    for optimizer in optimizers.values():
+        for state in optimizer.state.values():
+            moments += sum(tensor.nbytes for name, tensor in state.items() if name != 'step')
+    assert memory['optimizer moments'] == moments
 
 
 def test_what_several_processes_divide():

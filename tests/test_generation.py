@@ -99,29 +99,6 @@ def test_greedy_sampling_equals_the_uncached_path(args, past_block, cached):
         assert len(set(out[1, length:].tolist())) > 5
 
 
-@torch.no_grad()
-def test_half_recomputes_once_for_half_a_block():
-    model = make_gpt()
-    lengths = []
-    model.register_forward_pre_hook(lambda model, args: lengths.append(args[0].shape[1]))
-    model.generate(torch.tensor([[1]]), 24 + 25, past_block='half')
-    recomputed = [(i, length) for i, length in enumerate(lengths) if length > 1]
-    assert recomputed == [(24, 12), (37, 12)]
-
-
-@torch.no_grad()
-def test_sample_does_not_depend_on_its_batch():
-    model = make_gpt(block_size=64)
-    prompt = torch.tensor([[1, 2, 3]])
-    random_numbers = torch.rand(10, 50)
-    settings = dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
-    batch = model.generate(prompt.expand(10, -1), 50, random_numbers=random_numbers, **settings)
-    assert len({tuple(row) for row in batch.tolist()}) == 10
-    for b in range(10):
-        alone = model.generate(prompt, 50, random_numbers=random_numbers[b:b + 1], **settings)
-        assert alone[0].tolist() == batch[b].tolist()
-
-
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_non_finite_logits(value):
     logits = torch.tensor([[1.0, 2.0], [value, 1.0]])

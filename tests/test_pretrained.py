@@ -10,7 +10,6 @@ from conftest import SMALL, save_checkpoint
 from components.checkpoint import load_checkpoint
 from components.distributed import Job
 from components.errors import UserError
-from components.huggingface import GPT2_NAMES
 from components.pretrained import (
     ModelSource,
     find_model,
@@ -51,19 +50,15 @@ def hf_directory(here):
     ('weights', 'checkpoint'),  # a file that exists
     ('missing.pt', 'checkpoint'),
     ('gpt2-xl', 'huggingface'),
+    ('gpt2', 'huggingface'),  # although there is a file of that name
     ('out', 'huggingface'),  # a folder
     ('namespace/name', 'huggingface'),
     ('missing', 'huggingface'),
 ])
 def test_kinds_of_sources(here, init_from, kind):
-    (here / 'weights').write_text('')
+    (here / 'weights').touch()
+    (here / 'gpt2').touch()
     assert find_model(init_from, out_dir='out') == ModelSource(kind, init_from)
-
-
-@pytest.mark.parametrize('name', GPT2_NAMES)
-def test_gpt2_is_not_a_file_of_that_name(here, name):
-    (here / name).write_text('')
-    assert find_model(name, out_dir='out').kind == 'huggingface'
 
 
 @pytest.mark.parametrize('eval_only, name', [(True, 'ckpt.pt'), (False, 'ckpt_last.pt')])
