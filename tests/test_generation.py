@@ -254,6 +254,7 @@ def test_read_prompts(tmp_path, monkeypatch, start, expected):
     pytest.param('', 10, 'ab€ 1\n\n2', 10, id='no stop'),
     pytest.param('\n\n', 10, 'ab€ 1', 9, id='two characters'),
     pytest.param('€', 10, 'ab', 5, id='three tokens'),
+    pytest.param('\n2', 10, 'ab€ 1\n', 10, id='its beginning stands before it'),
     pytest.param('\n\n', 8, 'ab€ 1\n', 8, id='half a stop string at the end'),
 ])
 @pytest.mark.parametrize('stream', [True, False], ids=['stream', 'no stream'])
