@@ -157,11 +157,6 @@ def _worker_pool(record, num_characters):
     else:
         context = multiprocessing.get_context('spawn')
         pool = ProcessPoolExecutor(_num_cores(), context, _start_worker, (record,))
-        # Ctrl-C goes to all processes. Workers inherit that it is ignored; the parent ends them
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for _ in range(_num_cores()):
-            pool.submit(int)  # starts a worker
-        signal.signal(signal.SIGINT, handler)
     try:
         yield pool
     finally:
@@ -177,9 +172,10 @@ def _num_cores():
 
 def _start_worker(record):
     global _tokenizer
-    _tokenizer = get_tokenizer(record)
     if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends workers
         threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _tokenizer = get_tokenizer(record)
 
 
 def _exit_with_parent():
