@@ -122,6 +122,7 @@ TRAIN, SAMPLE, BENCH = 'train.py', 'sample.py', 'bench.py'
     (TRAIN, dict(COOLDOWN, cooldown_iters=18), dict(cooldown_iters=19),
      'cooldown_iters=19 warmup_iters=2 lr_decay_iters=20'),
     (TRAIN, dict(warmup_iters=30, lr_decay_iters=20), dict(cooldown_iters=1), 'cooldown_iters=1'),
+    (TRAIN, dict(muon_lr=0.02, min_lr=0.0), dict(learning_rate=0.0), 'muon_lr learning_rate'),
     (TRAIN, dict(early_stopping=3), dict(eval_interval=0), 'early_stopping=3 --eval_interval'),
     (TRAIN, dict(eval_split='test', eval_only=True), dict(eval_only=False),
      "eval_split='test' --eval_only=True"),

@@ -3,6 +3,7 @@ import itertools
 import os
 import re
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -53,16 +54,10 @@ def clock(monkeypatch):
     return clock
 
 
-class Exited(Exception):
-    """ os._exit was called. """
-
-
 @pytest.fixture
 def listening(clock, monkeypatch):
     """ StopConditions that listen. """
-    def exit(code):
-        raise Exited(code)
-    monkeypatch.setattr(os, '_exit', exit)
+    monkeypatch.setattr(os, '_exit', sys.exit)
     stop = make_stop()
     stop.listen()
     return stop
@@ -85,7 +80,7 @@ def test_second_signal(listening, clock, capfd, seconds, ends_at_once):
     signal.raise_signal(signal.SIGINT)
     clock.now += seconds
     if ends_at_once:
-        with pytest.raises(Exited, match=str(128 + signal.SIGTERM)):
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
             signal.raise_signal(signal.SIGTERM)
     else:
         signal.raise_signal(signal.SIGTERM)
