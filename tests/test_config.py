@@ -85,7 +85,7 @@ def test_config_file(read_settings, capsys, path):
     if settings['decay_lr'] and not settings['eval_only']:
         assert settings['lr_decay_iters'] == settings['max_iters']
     settings.update(device='cpu', dtype='float32', compile=False, backend='gloo', wandb_log=False)
-    check_train(settings, 'cpu', ddp=False, world_size=1, local_world_size=1)
+    check_train(settings, 'cpu', ddp=False, world_size=1)
     new_model_config(settings, vocab_size=65)
 
 # -----------------------------------------------------------------------------
