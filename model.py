@@ -49,11 +49,15 @@ class GPTConfig:
             raise ValueError(f'n_embd={self.n_embd} / n_head={self.n_head} must be even for RoPE')
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x):
     """ RMSNorm without weights (arXiv 1910.07467). """
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class RMSNorm(nn.Module):
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        return rms_norm(x)
 
 
 def make_norm(config):
@@ -74,8 +78,7 @@ def rope_cos_sin(num_positions, head_size, base=10000):
 def apply_rope(x, cos, sin):
     """
     Rotary position embeddings (RoPE, arXiv 2104.09864): rotates each pair (x[i], x[i + hs/2]) of
-    x (..., T, hs) by minus the angle of its position, so that the product of a query and a key
-    depends only on the distance between their positions.
+    x (..., T, hs) by minus the angle of its position; cos and sin are (T, hs).
     """
     x1, x2 = x.chunk(2, dim=-1)                                             # (..., T, hs/2)
     return torch.addcmul(x * cos, torch.cat((x2, -x1), dim=-1), sin)  # x * cos + (x2, -x1) * sin
@@ -83,32 +86,34 @@ def apply_rope(x, cos, sin):
 
 class CausalSelfAttention(nn.Module):
     """
-    Multi-head attention (arXiv 1706.03762) of T queries to S keys, with the arguments that
-    GPT.hidden_states() makes for all layers: cos and sin of the positions, (T, hs) each, for RoPE,
-    and a mask, bool (T, S). A cache has the keys and values of the S - T earlier tokens.
+    Multi-head attention (arXiv 1706.03762) of T queries to S keys, those in a cache included. GPT
+    makes the other arguments once for all layers: cos and sin for RoPE, and a mask, bool (T, S).
     """
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope=None, mask=None, cache=None):
         qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))             # (B, T, 3, nh, hs)
-        q, k, v = qkv.transpose(1, 3).unbind(2)                             # (B, nh, T, hs)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))                    # (2 or 1, B, nh, T, hs)
         if rope is not None:
-            q = apply_rope(q, *rope)
-            k = apply_rope(k, *rope)
-        q = self.qk_norm(q).type_as(v)  # RoPE makes it float32
-        k = self.qk_norm(k).type_as(v)
+            qk = apply_rope(qk, *rope)  # float32, as cos and sin are
+        if self.qk_norm:
+            qk = rms_norm(qk)
+        q, k = qk.type_as(v).unbind()                                       # (B, nh, T, hs)
+        v = v.squeeze(0)                                                    # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(k, v)                                       # (B, nh, S, hs)
-        dropout_p = self.dropout if self.training else 0.0
+        is_causal = False  # a single query attends to all keys
+        if mask is None and q.shape[2] > 1:
+            is_causal = True
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p)
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
         y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -157,7 +162,6 @@ class GPT(nn.Module):
         self.transformer['wte'] = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rotary:
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        self.embedding_norm = RMSNorm() if config.rmsnorm else nn.Identity()
         self.transformer['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer['ln_f'] = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -183,14 +187,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, return_logits=True):
         """
-        Args:
-            idx: int64 (B, T), token ids
-            targets: int64 (B, T), the token that follows each position; -1 is ignored by the
-                loss, the mean cross-entropy in nats per token
-            cache: KVCaches from new_cache(), extended by idx
-            return_logits: False to save the memory of the logits where there are targets
-
-        Raises ValueError for more than block_size tokens, those in the cache included.
+        idx and targets: int64 (B, T), token ids and those that follow them; the loss is the mean
+        cross-entropy in nats per token, without targets of -1. cache: of new_cache(), which idx
+        extends. Raises ValueError for more than block_size tokens, those in the cache included.
         """
         start = cache[0].length if cache else 0
         end = start + idx.shape[1]
@@ -216,7 +215,8 @@ class GPT(nn.Module):
             rope = self.cos[positions], self.sin[positions]                 # (T, hs)
         else:
             x = x + self.transformer.wpe(positions)
-        x = self.embedding_norm(x)
+        if self.config.rmsnorm:
+            x = rms_norm(x)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             layer_cache = cache[i] if cache else None
@@ -231,8 +231,8 @@ class GPT(nn.Module):
         """ Which keys a token attends to, those up to its own position: bool (T, S). """
         T = len(positions)
         S = cache[0].num_keys(T) if cache else T
-        if S == T:
-            return None  # is_causal=True says the same
+        if S == T or (T == 1 and not cache[0].is_static):
+            return None  # faster: attention with is_causal, or of a single query to all keys
         keys = torch.arange(S, device=positions.device)                     # (S,)
         return keys <= positions[:, None]                                   # (T, S)
 
@@ -307,6 +307,7 @@ class GPT(nn.Module):
 
 class KVCache:
     """ The keys and values of the tokens that one attention layer has seen, `size` at most. """
+    is_static = False  # extend() returns no places of later tokens
 
     def __init__(self, size):
         self.size = size

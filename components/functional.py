@@ -19,12 +19,14 @@ MAX_LOGITS = 2**26  # numbers, 256 MiB in float32; the loss of more is computed 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):
     """ torch.nn.functional.rms_norm (arXiv 1910.07467), in less time for training on a CPU. """
+    is_training_on_cpu = input.requires_grad and input.device.type == 'cpu'
+    if not is_training_on_cpu or torch.compiler.is_compiling():
+        return F.rms_norm(input, normalized_shape, weight, eps)
+
     is_plain = weight is None and eps is not None
     is_over_last_dimension = tuple(normalized_shape) == input.shape[-1:]
     is_precise = input.dtype in (torch.float32, torch.float64)  # squares in float16 may overflow
-    is_covered = is_plain and is_over_last_dimension and is_precise
-    is_training_on_cpu = input.device.type == 'cpu' and input.requires_grad
-    if is_covered and is_training_on_cpu and not torch.compiler.is_compiling():
+    if is_plain and is_over_last_dimension and is_precise:
         return RMSNorm.apply(input, eps)
     return F.rms_norm(input, normalized_shape, weight, eps)
 
@@ -59,8 +61,7 @@ class RMSNorm(torch.autograd.Function):
 def dropout(input, p=0.5, training=True, inplace=False):
     """ torch.nn.functional.dropout, with a faster mask on a CPU. """
     is_active = training and 0 < p < 1 and not inplace
-    is_covered = input.device.type == 'cpu' and input.is_floating_point()
-    if is_active and is_covered and not torch.compiler.is_compiling():
+    if is_active and input.device.type == 'cpu' and not torch.compiler.is_compiling():
         return input * dropout_mask(input, p)
     return F.dropout(input, p, training, inplace)
 
@@ -87,10 +88,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     torch.nn.functional.scaled_dot_product_attention. On a CPU, where that is slower in 16 bits than
     in 32, 16-bit inputs are computed by attend_by_matrices() or in float32.
     """
-    options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type != 'cpu' or not is_16_bit:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     is_self_attention = query.dim() == 4 and query.shape == key.shape == value.shape
     is_plain = is_self_attention and is_causal and attn_mask is None
@@ -101,7 +102,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.float()
         y = F.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), attn_mask, **options)
+            query.float(), key.float(), value.float(), attn_mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=enable_gqa)
         return y.to(query.dtype)
 
 

@@ -139,6 +139,8 @@ class StaticKVCache:
     for later tokens. The new token is at `position`, int64 (1,).
     """
 
+    is_static = True
+
     def __init__(self, cache, size, position):
         B, nh, _, hs = cache.k.shape
         self.k = cache.k.new_zeros(B, nh, size, hs)

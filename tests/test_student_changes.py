@@ -89,7 +89,7 @@ class SlidingWindowGPT(GPT):
         return (distance >= 0) & (distance < WINDOW)
 
 
-def attend_in_window(q, k, v, **ignored):
+def attend_in_window(q, k, v, *ignored):
     """ Attention in the window by matrix products, without a cache. """
     T = q.shape[2]
     distance = torch.arange(T)[:, None] - torch.arange(T)                   # (T, T)
