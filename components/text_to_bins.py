@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -74,7 +75,8 @@ def write_bins(folder, splits, record, num_characters):
     tokens_per_character = 1 if record['kind'] == 'char' else 0.25
     check_free_space(folder, 2 * tokens_per_character * num_characters)
 
-    progress = tqdm(total=num_characters, unit=' characters', unit_scale=True, disable=None)
+    seconds = 0.1 if sys.stderr.isatty() else 30  # between updates, which are lines of a log file
+    progress = tqdm(total=num_characters, unit=' characters', unit_scale=True, mininterval=seconds)
     num_tokens = {}
     with ExitStack() as files:
         with progress, _worker_pool(record, num_characters) as pool:
