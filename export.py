@@ -15,7 +15,7 @@ import torch
 from components.checkpoint import args_beyond_nanogpt
 from components.errors import UserError, one_line_errors
 from components.huggingface import model_card, to_gpt2, to_nanochat, to_tokenizer
-from components.pretrained import find_model, load_model, load_tokenizer_record
+from components.pretrained import find_model, load_model, load_tokenizer_spec
 from components.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -66,22 +66,22 @@ with one_line_errors():
         raise UserError(f'{hf_dir} exists already; remove it, or choose another --hf_dir')
 
     # load the model and its tokenizer
-    source = find_model('resume', out_dir)
-    model, checkpoint = load_model(source, mmap=True)
+    location = find_model('resume', out_dir)
+    model, checkpoint = load_model(location, mmap=True)
     model.eval()
-    convert = choose_conversion(model.config, source.name)
-    record = load_tokenizer_record(source, model, checkpoint, required=False)
+    convert = choose_conversion(model.config, location.name)
+    spec = load_tokenizer_spec(location, model, checkpoint, required=False)
     vocab_size = model.config.vocab_size
     end_of_text = None
     tokenizer_note = 'without a tokenizer'
-    if record is not None:
-        tokenizer = get_tokenizer(record)
+    if spec is not None:
+        tokenizer = get_tokenizer(spec)
         vocab_size = tokenizer.vocab_size
         end_of_text = tokenizer.end_of_text
         tokenizer_note = 'with a tokenizer'
     if vocab_size > model.config.vocab_size:
-        raise UserError(f'{source.name}: its tokenizer has {vocab_size} tokens, and its model has '
-                        f'embeddings for {model.config.vocab_size}')
+        raise UserError(f'{location.name}: its tokenizer has {vocab_size} tokens, and its model '
+                        f'has embeddings for {model.config.vocab_size}')
 
     for line in config_overrides:  # noqa: F821  configurator.py sets it
         print(line)
@@ -96,8 +96,8 @@ with one_line_errors():
         # a GPT-2 cannot generate past block_size, and the prompt needs room as well
         hf_model.generation_config.max_new_tokens = model.config.block_size // 2
         hf_model.save_pretrained(temporary)
-        if record is not None:
-            to_tokenizer(record, model.config.block_size).save_pretrained(temporary)
+        if spec is not None:
+            to_tokenizer(spec, model.config.block_size).save_pretrained(temporary)
         card = model_card(checkpoint, model, Path(hf_dir).name)
         (temporary / 'README.md').write_text(card, encoding='utf-8')
 

@@ -21,7 +21,7 @@ from components.device import choose_device, describe_compile, free_memory, use_
 from components.errors import UserError, one_line_errors
 from components.files import whole_file
 from components.generation import complete, group_into_batches, read_prompts
-from components.pretrained import find_model, load_model, load_tokenizer_record
+from components.pretrained import find_model, load_model, load_tokenizer_spec
 from components.quantization import quantize_linears
 from components.settings import check_sample
 from components.static_decoding import make_decoder
@@ -73,11 +73,11 @@ with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile, training=False)
     check_sample({key: globals()[key] for key in config_keys})  # noqa: F821
     texts = [] if interactive else read_prompts(start)
-    source = find_model(init_from, out_dir, best=True)
-    if source.kind == 'scratch':
+    location = find_model(init_from, out_dir, best=True)
+    if location.kind == 'scratch':
         raise UserError('init_from=scratch names no trained model; use --init_from=resume')
-    model, checkpoint = load_model(source, mmap=True)
-    tokenizer = get_tokenizer(load_tokenizer_record(source, model, checkpoint))
+    model, checkpoint = load_model(location, mmap=True)
+    tokenizer = get_tokenizer(load_tokenizer_spec(location, model, checkpoint))
     checkpoint = None  # frees its memory
     prompts = [encode_prompt(text) for text in texts]
 

@@ -111,13 +111,13 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 torch.manual_seed(seed)
 with one_line_errors():
     data, vocab_size, tokenizer = windows.open_dataset(dataset, ('train', eval_split), block_size)
-    source = find_model_of_job(init_from, out_dir, eval_only, job)
+    location = find_model_of_job(init_from, out_dir, eval_only, job)
     checkpoint = None
-    if source.kind == 'scratch':
+    if location.kind == 'scratch':
         model = GPT(settings.new_model_config(config, vocab_size))
     else:
-        model, checkpoint = load_model_everywhere(source, dropout)
-    settings.check_fit(model, source, checkpoint, data, vocab_size, tokenizer, config)
+        model, checkpoint = load_model_everywhere(location, dropout)
+    settings.check_fit(model, location, checkpoint, data, vocab_size, tokenizer, config)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
     model.activation_checkpointing = activation_checkpointing
@@ -127,15 +127,15 @@ with one_line_errors():
         raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     progress = Progress()
-    is_resumed = source.kind == 'resume'
+    is_resumed = location.kind == 'resume'
     if is_resumed:
-        progress = resume(checkpoint, source.name, optimizers, scaler, tokens_per_iter)
+        progress = resume(checkpoint, location.name, optimizers, scaler, tokens_per_iter)
     checkpoint = None  # frees its memory
     log = Log(config, progress, tokenizer, is_resumed)
     checkpoints = Checkpoints(out_dir, always_save_checkpoint, progress, is_resumed)
 
-summary.print_opening(config_overrides, config, source, progress, raw_model, optimizers,  # noqa: F821
-                      num_train_tokens=len(data['train']))
+summary.print_opening(config_overrides, config, location, progress, raw_model,  # noqa: F821
+                      optimizers, num_train_tokens=len(data['train']))
 
 # -----------------------------------------------------------------------------
 # batches

@@ -20,7 +20,7 @@ Additional keys, which other readers ignore: the other fields of Progress, and
 
     muon            state dict of Muon, if it is used; `optimizer` then has the other parameters
     gelu            the form of GELU, 'exact' if missing; after loading it is among model_args
-    tokenizer       record of the dataset's tokenizer (tokenizer.py)
+    tokenizer       spec of the dataset's tokenizer (tokenizer.py)
     scaler          state dict of the GradScaler, empty if it was disabled
     job             name of the torchrun job that wrote the file, or ''
 

@@ -14,7 +14,7 @@ import numpy as np
 from components.device import use_device
 from components.distributed import broadcast
 from components.errors import UserError
-from components.tokenizer import DATA_DIR, load_meta, tokenizer_record
+from components.tokenizer import DATA_DIR, load_meta, tokenizer_spec
 
 
 def open_dataset(dataset, splits, block_size):
@@ -23,16 +23,16 @@ def open_dataset(dataset, splits, block_size):
     another dataset of this name than the first machine of the job.
 
     Returns:
-        {split: token ids}, the size of the vocabulary, and the tokenizer's record or None
+        {split: token ids}, the size of the vocabulary, and the tokenizer's spec or None
     """
     meta = load_meta(dataset)
     vocab_size = 50304  # GPT-2's 50257, padded to a multiple of 64
     if meta is not None:
         vocab_size = meta['vocab_size']
     data = {split: open_bin(dataset, split, block_size, vocab_size) for split in splits}
-    record = tokenizer_record(meta)
-    check_same_on_all_machines(data, dataset, record)
-    return data, vocab_size, record
+    spec = tokenizer_spec(meta)
+    check_same_on_all_machines(data, dataset, spec)
+    return data, vocab_size, spec
 
 
 def open_bin(dataset, split, block_size, vocab_size):
@@ -99,7 +99,7 @@ def check_same_on_all_machines(data, dataset, tokenizer):
     Args:
         data: {split: token ids}
         dataset: its name
-        tokenizer: its record, or None
+        tokenizer: its spec, or None
     """
     checksums = {'meta.pkl': sha256(repr(tokenizer).encode()).digest()}
     for split, ids in data.items():

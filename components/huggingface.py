@@ -213,20 +213,20 @@ def to_nanochat(model, vocab_size, end_of_text):
     return hf_model
 
 
-def to_tokenizer(record, block_size):
+def to_tokenizer(spec, block_size):
     """
-    Converts the record of a tokenizer (see tokenizer.py) to a PreTrainedTokenizerFast, for a model
+    Converts the spec of a tokenizer (see tokenizer.py) to a PreTrainedTokenizerFast, for a model
     of context length `block_size`.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
     special_tokens = {}
-    if record['kind'] == 'char':
-        tokenizer = character_tokenizer(record['itos'])
-    elif record['kind'] == 'hf':
-        tokenizer = Tokenizer.from_str(record['json'])
-        if record['end'] is not None:
-            special_tokens['eos_token'] = tokenizer.id_to_token(record['end'])
+    if spec['kind'] == 'char':
+        tokenizer = character_tokenizer(spec['itos'])
+    elif spec['kind'] == 'hf':
+        tokenizer = Tokenizer.from_str(spec['json'])
+        if spec['end'] is not None:
+            special_tokens['eos_token'] = tokenizer.id_to_token(spec['end'])
     else:
         tokenizer = gpt2_tokenizer()
         for name in ('bos_token', 'eos_token', 'unk_token'):  # as in OpenAI's files

@@ -34,7 +34,7 @@ class Log:
     Args:
         config: dict of settings
         progress: the Progress of the run, as this process begins
-        tokenizer: record of the dataset's tokenizer, or None
+        tokenizer: spec of the dataset's tokenizer, or None
         is_resumed: whether log.csv is of this run
     """
 

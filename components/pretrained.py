@@ -13,13 +13,13 @@ from components.distributed import broadcast, broadcast_tensor, is_first_process
 from components.errors import UserError
 from components.huggingface import GPT2_NAMES
 from components.settings import model_config
-from components.tokenizer import has_tokenizer, hf_record, load_meta, tokenizer_record
+from components.tokenizer import has_tokenizer, hf_spec, load_meta, tokenizer_spec
 from model import GPT
 
 GPT2_VOCAB_SIZE = 50257
 
 
-class ModelSource(NamedTuple):
+class ModelLocation(NamedTuple):
     """ Where a model comes from. """
     kind: str  # 'scratch', 'resume', 'checkpoint' or 'huggingface'
     name: str  # path of the checkpoint or directory, or name on the hub; 'scratch' for a new model
@@ -36,17 +36,17 @@ def find_model(init_from, out_dir, best=True):
         best: whether 'resume' is the checkpoint with the best validation loss, else the latest one
 
     Returns:
-        ModelSource
+        ModelLocation
     """
     if init_from == 'scratch':
-        return ModelSource('scratch', init_from)
+        return ModelLocation('scratch', init_from)
     if init_from == 'resume':
-        return ModelSource('resume', str(find_checkpoint(out_dir, best)))
+        return ModelLocation('resume', str(find_checkpoint(out_dir, best)))
     if init_from in GPT2_NAMES:  # also if a file or directory has this name
-        return ModelSource('huggingface', init_from)
+        return ModelLocation('huggingface', init_from)
     if os.path.isfile(init_from) or init_from.endswith('.pt'):
-        return ModelSource('checkpoint', init_from)
-    return ModelSource('huggingface', init_from)
+        return ModelLocation('checkpoint', init_from)
+    return ModelLocation('huggingface', init_from)
 
 
 def find_model_of_job(init_from, out_dir, eval_only, job):
@@ -61,9 +61,9 @@ def find_model_of_job(init_from, out_dir, eval_only, job):
             job has saved a checkpoint
 
     Returns:
-        ModelSource, the same in all processes
+        ModelLocation, the same in all processes
     """
-    source = None
+    location = None
     if is_first_process():
         path = find_checkpoint(out_dir, best=eval_only)
         exists = path.exists()
@@ -71,16 +71,16 @@ def find_model_of_job(init_from, out_dir, eval_only, job):
             init_from = 'resume' if exists else 'scratch'
         elif job.restarted and exists and load_checkpoint(path, mmap=True).get('job') == job.name:
             init_from = 'resume'
-        source = find_model(init_from, out_dir, best=eval_only)
-    return broadcast(source)
+        location = find_model(init_from, out_dir, best=eval_only)
+    return broadcast(location)
 
 
-def load_model(source, dropout=None, mmap=False):
+def load_model(location, dropout=None, mmap=False):
     """
     Loads a model that exists already.
 
     Args:
-        source: ModelSource of any kind but 'scratch'
+        location: ModelLocation of any kind but 'scratch'
         dropout: replaces the dropout of the model; None keeps it
         mmap: whether the tensors of the checkpoint stay in the file until they are used, so that
             the optimizer state is not read. The weights of the model are copies in any case.
@@ -91,25 +91,25 @@ def load_model(source, dropout=None, mmap=False):
     Raises:
         UserError: if there is no such model, or the file is broken or of another architecture
     """
-    assert source.kind != 'scratch', 'a new model is not loaded'
+    assert location.kind != 'scratch', 'a new model is not loaded'
     overrides = {}
     if dropout is not None:
         overrides['dropout'] = dropout
-    if source.kind == 'huggingface':
+    if location.kind == 'huggingface':
         try:
-            return GPT.from_pretrained(source.name, overrides), None
+            return GPT.from_pretrained(location.name, overrides), None
         except ValueError as error:  # of GPTConfig
-            raise UserError(f'{source.name}: {error}') from None
+            raise UserError(f'{location.name}: {error}') from None
 
     can_mmap = mmap and os.name == 'posix'  # Windows cannot replace a file that is mapped
-    checkpoint = load_checkpoint(source.name, can_mmap)
+    checkpoint = load_checkpoint(location.name, can_mmap)
     model_args = {**checkpoint['model_args'], **overrides}
     model = GPT(model_config(**model_args))
-    load_weights(model, checkpoint, source.name)
+    load_weights(model, checkpoint, location.name)
     return model, checkpoint
 
 
-def load_model_everywhere(source, dropout):
+def load_model_everywhere(location, dropout):
     """
     load_model() for a job of several processes, of which the first alone needs the files: the
     others receive the weights, and the checkpoint with meta tensors for its larger tensors
@@ -119,7 +119,7 @@ def load_model_everywhere(source, dropout):
     checkpoint = None
     config = None
     if is_first_process():
-        model, checkpoint = load_model(source, dropout)
+        model, checkpoint = load_model(location, dropout)
         config = model.config
     config, outline = broadcast((config, map_values(without_data, checkpoint)))
     if not is_first_process():
@@ -136,51 +136,51 @@ def without_data(value):
     return value.to('meta') if is_large else value
 
 
-def load_tokenizer_record(source, model, checkpoint, required=True):
+def load_tokenizer_spec(location, model, checkpoint, required=True):
     """
     Loads the tokenizer that a model was trained with.
 
     Args:
-        source: the ModelSource of the model
+        location: the ModelLocation of the model
         model: GPT
         checkpoint: dict, or None for a model from Hugging Face
         required: whether a missing tokenizer is an error
 
     Returns:
-        a record of tokenizer.py; None if only the size of the vocabulary is known and no tokenizer
+        a spec of tokenizer.py; None if only the size of the vocabulary is known and no tokenizer
         is required
 
     Raises:
         UserError: if the tokenizer is missing, broken, or of another vocabulary
     """
-    if source.kind == 'huggingface':
-        return huggingface_record(source.name)
+    if location.kind == 'huggingface':
+        return huggingface_spec(location.name)
 
     dataset = checkpoint.get('config', {}).get('dataset')
-    record = checkpoint.get('tokenizer')
-    if record is None:
-        record = dataset_record(dataset)
-    is_missing = required and record is None
+    spec = checkpoint.get('tokenizer')
+    if spec is None:
+        spec = dataset_spec(dataset)
+    is_missing = required and spec is None
     # without meta.pkl a dataset is assumed to be in GPT-2's tokens, but the file may be deleted
-    is_mistaken = record == {'kind': 'gpt2'} and model.config.vocab_size < GPT2_VOCAB_SIZE
+    is_mistaken = spec == {'kind': 'gpt2'} and model.config.vocab_size < GPT2_VOCAB_SIZE
     if is_missing or is_mistaken:
-        raise UserError(f'{source.name} has a vocabulary of {model.config.vocab_size} and no '
+        raise UserError(f'{location.name} has a vocabulary of {model.config.vocab_size} and no '
                         f'tokenizer, and stoi and itos are missing in the meta.pkl of '
                         f'dataset={dataset}; run its prepare.py')
-    return record
+    return spec
 
 
-def huggingface_record(name):
-    """ The record of a Hugging Face model; GPT-2's if its directory has no tokenizer. """
+def huggingface_spec(name):
+    """ The spec of a Hugging Face model; GPT-2's if its directory has no tokenizer. """
     if name in GPT2_NAMES:
         return {'kind': 'gpt2'}
     if os.path.isdir(name) and not has_tokenizer(name):
         return {'kind': 'gpt2'}
-    return hf_record(name)
+    return hf_spec(name)
 
 
-def dataset_record(dataset):
-    """ The record of a dataset; GPT-2's if it has no meta.pkl, or if no dataset is named. """
+def dataset_spec(dataset):
+    """ The spec of a dataset; GPT-2's if it has no meta.pkl, or if no dataset is named. """
     if not dataset:
-        return tokenizer_record(None)
-    return tokenizer_record(load_meta(dataset))
+        return tokenizer_spec(None)
+    return tokenizer_spec(load_meta(dataset))

@@ -15,7 +15,7 @@ import torch
 from components.dataset import largest_id
 from components.device import has_fbgemm, missing_for_compile
 from components.errors import UserError
-from components.tokenizer import has_tokenizer, hf_record, tokens_of
+from components.tokenizer import has_tokenizer, hf_spec, tokens_of
 from model import GPTConfig
 
 # of all scripts: the lowest value, and what a value has to be below
@@ -160,41 +160,41 @@ def check_fsdp(s, ddp, world_size):
             f'a multiple of the number of processes, {world_size}')
 
 
-def check_fit(model, source, checkpoint, data, vocab_size, record, settings):
+def check_fit(model, location, checkpoint, data, vocab_size, spec, settings):
     """
     The rules for a model and its dataset.
 
     Args:
         model: the GPT
-        source: the ModelSource that it comes from
+        location: the ModelLocation that it comes from
         checkpoint: dict; None if it was not loaded from a checkpoint
         data: {split: token ids}
-        vocab_size, record: of the dataset, and of its tokenizer or None
+        vocab_size, spec: of the dataset, and of its tokenizer or None
         settings: dict of train.py's settings
     """
     dataset = settings['dataset']
     block_size = settings['block_size']
-    is_gpt2 = record == {'kind': 'gpt2'}  # whose padded size a model need not have
+    is_gpt2 = spec == {'kind': 'gpt2'}  # whose padded size a model need not have
     if checkpoint is not None and checkpoint.get('tokenizer'):
-        require(checkpoint['tokenizer'] == record,
-                f'the vocabulary of {source.name} differs from that of dataset={dataset}; set '
+        require(checkpoint['tokenizer'] == spec,
+                f'the vocabulary of {location.name} differs from that of dataset={dataset}; set '
                 'the --dataset that it was trained on')
     num_needed = max(largest_id(ids) + 1 for ids in data.values())
     if not is_gpt2:
         num_needed = max(num_needed, vocab_size)
     require(model.config.vocab_size >= num_needed,
-            f'{source.name} has a vocabulary of {model.config.vocab_size}, and dataset={dataset} '
+            f'{location.name} has a vocabulary of {model.config.vocab_size}, and dataset={dataset} '
             f'needs {num_needed}')
     context = model.config.block_size
     require(block_size <= context,
-            f'block_size={block_size} is more than the {context} of {source.name}; set '
+            f'block_size={block_size} is more than the {context} of {location.name}; set '
             f'--block_size={context}')
-    if source.kind != 'huggingface' or is_gpt2 or not has_tokenizer(source.name):
+    if location.kind != 'huggingface' or is_gpt2 or not has_tokenizer(location.name):
         return
-    tokens = tokens_of(record)
-    require(not tokens or tokens == tokens_of(hf_record(source.name)),
-            f'dataset={dataset} has other tokens than {source.name}; data/custom/prepare.py '
-            f'--tokenizer={source.name} prepares text for it')
+    tokens = tokens_of(spec)
+    require(not tokens or tokens == tokens_of(hf_spec(location.name)),
+            f'dataset={dataset} has other tokens than {location.name}; data/custom/prepare.py '
+            f'--tokenizer={location.name} prepares text for it')
 
 # -----------------------------------------------------------------------------
 # the other scripts

@@ -20,13 +20,13 @@ def print_opening(config_overrides, *args, **kwargs):
         print_master(line)
 
 
-def opening_lines(config, source, progress, model, optimizers, num_train_tokens):
+def opening_lines(config, location, progress, model, optimizers, num_train_tokens):
     """
     What a run starts from and what it will do.
 
     Args:
         config: dict of settings, without 'auto'
-        source: the ModelSource that the model comes from
+        location: the ModelLocation that the model comes from
         progress: the Progress of the run
         model: the GPT
         optimizers: {name: optimizer}
@@ -34,7 +34,7 @@ def opening_lines(config, source, progress, model, optimizers, num_train_tokens)
     """
     num_processes = int(os.environ.get('WORLD_SIZE', 1))
     s = SimpleNamespace(**config)
-    yield from lines_about_start(s, source, progress)
+    yield from lines_about_start(s, location, progress)
     tokens_per_iter = s.gradient_accumulation_steps * s.batch_size * s.block_size
     processes = '1 process'
     if num_processes > 1:
@@ -62,14 +62,14 @@ def opening_lines(config, source, progress, model, optimizers, num_train_tokens)
     yield f'checkpoints and log.csv go to {s.out_dir}'
 
 
-def lines_about_start(s, source, progress):
+def lines_about_start(s, location, progress):
     if s.init_from == 'auto':
-        yield f'init_from=auto: {source.kind}'
-    if source.kind == 'resume':
-        yield f'resuming {source.name} at iteration {progress.iter_num:,}, {best_loss(progress)}'
+        yield f'init_from=auto: {location.kind}'
+    if location.kind == 'resume':
+        yield f'resuming {location.name} at iteration {progress.iter_num:,}, {best_loss(progress)}'
         return
-    if source.kind != 'scratch':
-        yield f'starting from the weights of {source.name}'
+    if location.kind != 'scratch':
+        yield f'starting from the weights of {location.name}'
     if not s.eval_only and find_checkpoint(s.out_dir).exists():
         yield (f'the first save will replace the checkpoint of an earlier run in {s.out_dir}; '
                '--init_from=resume continues that run')
@@ -131,22 +131,22 @@ def what_to_do(config, checkpoints, stop):
     return command
 
 
-def perplexity_and_bits_per_byte(loss, record, ids):
+def perplexity_and_bits_per_byte(loss, spec, ids):
     """
     A loss in other units, for a message: perplexity, and if the tokenizer is known bits per byte
     of text. End-of-text tokens are not text, though they cost bits.
 
     Args:
         loss: in nats per token
-        record: of the tokenizer, or None
+        spec: of the tokenizer, or None
         ids: token ids of the split
     """
     perplexity = math.exp(min(loss, 700))  # exp(710) overflows
     message = f'perplexity {perplexity:.4g} per token'
-    if record is None:
+    if spec is None:
         return message
     try:
-        tokenizer = get_tokenizer(record)
+        tokenizer = get_tokenizer(spec)
     except OSError:  # no network
         return message
     ids = ids[:2**20].tolist()  # enough to estimate the bytes per token

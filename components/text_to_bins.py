@@ -57,7 +57,7 @@ def _remove_temporary_files(folder):
         (folder / f'{split}.bin.tmp').unlink(missing_ok=True)
 
 
-def write_bins(folder, splits, record, num_characters):
+def write_bins(folder, splits, spec, num_characters):
     """
     Encodes a dataset and writes its bins and meta.pkl. Raises UserError if the vocabulary does not
     fit into uint16, or a split has no text; OSError if the disk is full.
@@ -65,27 +65,27 @@ def write_bins(folder, splits, record, num_characters):
     Args:
         folder: Path of the dataset
         splits: {'train', 'val' or 'test': stream of texts}
-        record: the tokenizer's (tokenizer.py)
+        spec: the tokenizer's (tokenizer.py)
         num_characters: of all splits together; an estimate will do
     """
-    vocab_size = get_tokenizer(record).vocab_size
+    vocab_size = get_tokenizer(spec).vocab_size
     if vocab_size > MAX_VOCAB_SIZE:
         raise UserError(f'the vocabulary has {vocab_size:,} tokens, and bins hold '
                         f'{MAX_VOCAB_SIZE:,} (uint16); choose another tokenizer')
-    tokens_per_character = 1 if record['kind'] == 'char' else 0.25
+    tokens_per_character = 1 if spec['kind'] == 'char' else 0.25
     check_free_space(folder, 2 * tokens_per_character * num_characters)
 
     seconds = 0.1 if sys.stderr.isatty() else 30  # between updates, which are lines of a log file
     progress = tqdm(total=num_characters, unit=' characters', unit_scale=True, mininterval=seconds)
     num_tokens = {}
     with ExitStack() as files:
-        with progress, _worker_pool(record, num_characters) as pool:
+        with progress, _worker_pool(spec, num_characters) as pool:
             for split, texts in splits.items():
                 temporary = files.enter_context(whole_file(folder / f'{split}.bin'))
                 num_tokens[split] = _write_split(temporary, pool, texts, progress)
                 if num_tokens[split] == 0:
                     raise UserError(f'{folder}: no text is left for {split}.bin')
-        _write_meta(folder, meta_of(record, vocab_size), files)
+        _write_meta(folder, meta_of(spec, vocab_size), files)
         # Here the temporary files are renamed, the last one first: meta.pkl, then the bins
 
     print(f'vocabulary size: {vocab_size:,}')
@@ -152,13 +152,13 @@ def _batches(texts):
 
 
 @contextmanager
-def _worker_pool(record, num_characters):
+def _worker_pool(spec, num_characters):
     """ Yields an executor for `_encode`. """
     if num_characters < SMALL_SIZE:
-        pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(record,))
+        pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(spec,))
     else:
         context = multiprocessing.get_context('spawn')
-        pool = ProcessPoolExecutor(_num_cores(), context, _start_worker, (record,))
+        pool = ProcessPoolExecutor(_num_cores(), context, _start_worker, (spec,))
     try:
         yield pool
     finally:
@@ -172,12 +172,12 @@ def _num_cores():
     return min(os.cpu_count(), 61)  # the most that ProcessPoolExecutor allows on Windows
 
 
-def _start_worker(record):
+def _start_worker(spec):
     global _tokenizer
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends workers
         threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _tokenizer = get_tokenizer(record)
+    _tokenizer = get_tokenizer(spec)
 
 
 def _exit_with_parent():

@@ -1,7 +1,7 @@
 """
 The three tokenizers (characters, GPT-2's BPE, any Hugging Face tokenizer), and how they are stored.
 
-Checkpoints and meta.pkl store a tokenizer as a record of plain data, one of
+Checkpoints and meta.pkl store a tokenizer as a spec of plain data, one of
 
     {'kind': 'gpt2'}
     {'kind': 'char', 'itos': [character, ...]}
@@ -10,7 +10,7 @@ Checkpoints and meta.pkl store a tokenizer as a record of plain data, one of
 A dataset has a data/<dataset>/meta.pkl unless its tokens are GPT-2's:
 
     {'vocab_size', 'stoi', 'itos'}       of characters, the format of nanoGPT
-    {'vocab_size', 'tokenizer': record}  of a Hugging Face tokenizer
+    {'vocab_size', 'tokenizer': spec}    of a Hugging Face tokenizer
 
 Not here: how a text is encoded on all cores (text_to_bins.py), and reading token ids (dataset.py).
 """
@@ -101,9 +101,9 @@ class HuggingFaceTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def get_tokenizer(record):
+def get_tokenizer(spec):
     """
-    The tokenizer of a record: an object with
+    The tokenizer of a spec: an object with
 
         encode(text, special=False) -> list of ids. With `special`, the name of a special token
             in `text`, such as '<|endoftext|>', becomes that token; without, it is plain text.
@@ -111,19 +111,19 @@ def get_tokenizer(record):
         vocab_size: int, above the largest id
         end_of_text: id of the token that ends a document, or None
     """
-    if record['kind'] == 'char':
-        return CharTokenizer(record['itos'])
-    if record['kind'] == 'hf':
-        return HuggingFaceTokenizer(record['json'], record['end'])
+    if spec['kind'] == 'char':
+        return CharTokenizer(spec['itos'])
+    if spec['kind'] == 'hf':
+        return HuggingFaceTokenizer(spec['json'], spec['end'])
     return GPT2Tokenizer()
 
 # -----------------------------------------------------------------------------
-# records
+# specs
 
 
-def hf_record(name):
+def hf_spec(name):
     """
-    The record of the tokenizer of a Hugging Face directory, or of a model on the hub. Raises
+    The spec of the tokenizer of a Hugging Face directory, or of a model on the hub. Raises
     UserError if there is none that a tokenizer.json can hold.
     """
     from transformers import AutoTokenizer
@@ -141,13 +141,13 @@ def has_tokenizer(folder):
     return any(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
-def tokens_of(record):
+def tokens_of(spec):
     """ The tokens of a tokenizer, to compare it with another; None where they are unknown. """
-    if record is None or record['kind'] == 'gpt2':
+    if spec is None or spec['kind'] == 'gpt2':
         return None
-    if record['kind'] == 'hf':
-        return json.loads(record['json'])['model']['vocab']
-    return {character: i for i, character in enumerate(record['itos'])}
+    if spec['kind'] == 'hf':
+        return json.loads(spec['json'])['model']['vocab']
+    return {character: i for i, character in enumerate(spec['itos'])}
 
 # -----------------------------------------------------------------------------
 # meta.pkl
@@ -170,11 +170,11 @@ def _check_meta(meta):
         if not all(type(character) is str for character in itos):
             raise ValueError('itos holds something other than text')
         meta['itos'] = itos
-    record = meta.get('tokenizer')
-    if record is not None:
-        if record['kind'] != 'hf':
-            raise ValueError(f"tokenizer is of kind {record['kind']!r}, not 'hf'")
-        get_tokenizer(record)  # raises if its JSON is damaged
+    spec = meta.get('tokenizer')
+    if spec is not None:
+        if spec['kind'] != 'hf':
+            raise ValueError(f"tokenizer is of kind {spec['kind']!r}, not 'hf'")
+        get_tokenizer(spec)  # raises if its JSON is damaged
 
 
 def load_meta(dataset):
@@ -196,19 +196,19 @@ def load_meta(dataset):
     return meta
 
 
-def meta_of(record, vocab_size):
-    """ The content of meta.pkl for a tokenizer's record; None for GPT-2's, which needs none. """
-    if record['kind'] == 'gpt2':
+def meta_of(spec, vocab_size):
+    """ The content of meta.pkl for a tokenizer's spec; None for GPT-2's, which needs none. """
+    if spec['kind'] == 'gpt2':
         return None
-    if record['kind'] == 'hf':
-        return {'vocab_size': vocab_size, 'tokenizer': record}
-    itos = dict(enumerate(record['itos']))
+    if spec['kind'] == 'hf':
+        return {'vocab_size': vocab_size, 'tokenizer': spec}
+    itos = dict(enumerate(spec['itos']))
     stoi = {character: i for i, character in itos.items()}
     return {'vocab_size': vocab_size, 'stoi': stoi, 'itos': itos}
 
 
-def tokenizer_record(meta):
-    """ The inverse of `meta_of`: a tokenizer's record; None if `meta` has only a vocab_size. """
+def tokenizer_spec(meta):
+    """ The inverse of `meta_of`: a tokenizer's spec; None if `meta` has only a vocab_size. """
     if meta is None:
         return {'kind': 'gpt2'}
     if 'itos' in meta:

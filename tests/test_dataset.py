@@ -38,8 +38,8 @@ def open_ids(folder, ids, dtype='<u2', **arguments):
 
 
 def test_open_dataset(dataset):
-    data, vocab_size, record = open_dataset(dataset, ('train', 'val'), block_size=16)
-    assert vocab_size == len(record['itos']) == 12
+    data, vocab_size, spec = open_dataset(dataset, ('train', 'val'), block_size=16)
+    assert vocab_size == len(spec['itos']) == 12
     for split in ('train', 'val'):
         assert data[split].tolist() == np.fromfile(dataset / f'{split}.bin', '<u2').tolist()
         assert data[split].dtype == np.uint16
@@ -48,8 +48,8 @@ def test_open_dataset(dataset):
 
 def test_dataset_without_meta_has_the_vocabulary_of_gpt2(data_dir):
     open_ids(data_dir, range(100))
-    _, vocab_size, record = open_dataset(data_dir, ('train',), block_size=8)
-    assert (vocab_size, record) == (50304, {'kind': 'gpt2'})
+    _, vocab_size, spec = open_dataset(data_dir, ('train',), block_size=8)
+    assert (vocab_size, spec) == (50304, {'kind': 'gpt2'})
 
 
 @pytest.mark.parametrize('ids, arguments', [

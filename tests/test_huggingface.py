@@ -214,10 +214,10 @@ def test_to_nanochat_gradients():
 # tokenizers
 
 def test_character_tokenizer():
-    record = {'kind': 'char', 'itos': ['\n', ' ', '.', 'a', 'b', 'é']}
+    spec = {'kind': 'char', 'itos': ['\n', ' ', '.', 'a', 'b', 'é']}
     text = 'ab é.\n\nba'
-    hf_tokenizer = to_tokenizer(record, block_size=16)
-    ids = get_tokenizer(record).encode(text)
+    hf_tokenizer = to_tokenizer(spec, block_size=16)
+    ids = get_tokenizer(spec).encode(text)
     assert hf_tokenizer(text).input_ids == ids
     assert hf_tokenizer.decode(ids) == text
     assert hf_tokenizer.model_max_length == 16
@@ -230,8 +230,8 @@ def test_hugging_face_tokenizer(end, eos_token):
     from tokenizers import Tokenizer, models, pre_tokenizers
     tokenizer = Tokenizer(models.WordLevel({'cat': 0, '<end>': 1, 'the': 2}))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    record = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': end}
-    hf_tokenizer = to_tokenizer(record, block_size=16)
+    spec = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': end}
+    hf_tokenizer = to_tokenizer(spec, block_size=16)
     assert hf_tokenizer('the cat').input_ids == [2, 0]
     assert hf_tokenizer.eos_token == eos_token
 

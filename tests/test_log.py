@@ -217,10 +217,10 @@ def test_wandb_receives_evaluations_and_samples(make_log, wandb_run, tiny, monke
                                                 val_loss, fsdp, has_samples):
     get_tokenizer = log_module.get_tokenizer
 
-    def get_tokenizer_offline(record):
-        if record['kind'] == 'gpt2':
+    def get_tokenizer_offline(spec):
+        if spec['kind'] == 'gpt2':
             raise OSError('no network')
-        return get_tokenizer(record)
+        return get_tokenizer(spec)
     monkeypatch.setattr(log_module, 'get_tokenizer', get_tokenizer_offline)
     log = make_log(tokenizer, wandb_log=True, eval_only=True, fsdp=fsdp)
     losses = {'train': 1.0, 'val': val_loss}

@@ -11,16 +11,16 @@ from components.checkpoint import load_checkpoint
 from components.distributed import Job
 from components.errors import UserError
 from components.pretrained import (
-    ModelSource,
+    ModelLocation,
     find_model,
     find_model_of_job,
     load_model,
-    load_tokenizer_record,
+    load_tokenizer_spec,
 )
 from model import GPT, GPTConfig
 
 CHARACTERS = {'kind': 'char', 'itos': [chr(97 + i) for i in range(26)]}
-CHECKPOINT = ModelSource('checkpoint', 'ckpt.pt')
+CHECKPOINT = ModelLocation('checkpoint', 'ckpt.pt')
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def hf_directory(here):
 def test_kinds_of_sources(here, init_from, kind):
     (here / 'weights').touch()
     (here / 'gpt2').touch()
-    assert find_model(init_from, out_dir='out') == ModelSource(kind, init_from)
+    assert find_model(init_from, out_dir='out') == ModelLocation(kind, init_from)
 
 
 @pytest.mark.parametrize('eval_only, name', [(True, 'ckpt.pt'), (False, 'ckpt_last.pt')])
 def test_resume_from_the_best_or_the_latest(here, tiny, eval_only, name):
     save_checkpoint('out/ckpt.pt', tiny)
     save_checkpoint('out/ckpt_last.pt', tiny)
-    source = ModelSource('resume', f'out/{name}')
-    assert find_model('resume', 'out', best=eval_only) == source
-    assert find_model_of_job('resume', 'out', eval_only, Job()) == source
+    location = ModelLocation('resume', f'out/{name}')
+    assert find_model('resume', 'out', best=eval_only) == location
+    assert find_model_of_job('resume', 'out', eval_only, Job()) == location
 
 
 @pytest.mark.parametrize('init_from, job, saved_job, kind', [
@@ -94,7 +94,7 @@ def test_model_of_a_job(here, tiny, init_from, job, saved_job, kind):
 def test_a_loaded_model_does_not_need_its_file(here, tiny, kind, mmap):
     """ The file of a mapped tensor must not change. """
     save_checkpoint('ckpt.pt', tiny, iter_num=10)
-    model, checkpoint = load_model(ModelSource(kind, 'ckpt.pt'), mmap=mmap)
+    model, checkpoint = load_model(ModelLocation(kind, 'ckpt.pt'), mmap=mmap)
     with open('ckpt.pt', 'rb+') as file:
         file.write(bytes(os.path.getsize('ckpt.pt')))
     assert model.config == tiny.config
@@ -155,13 +155,13 @@ def test_fine_tuning_gpt2_keeps_its_gelu(trainer, hf_directory):
     assert load_checkpoint('out/ckpt.pt')['model_args']['gelu'] == 'tanh'
 
 # -----------------------------------------------------------------------------
-# load_tokenizer_record
+# load_tokenizer_spec
 
 @pytest.mark.parametrize('name', ['gpt2-medium', 'hf'])
 def test_tokenizer_of_gpt2(hf_directory, name):
     """ The directory has no tokenizer. """
-    source = ModelSource('huggingface', name)
-    assert load_tokenizer_record(source, model=None, checkpoint=None) == {'kind': 'gpt2'}
+    location = ModelLocation('huggingface', name)
+    assert load_tokenizer_spec(location, model=None, checkpoint=None) == {'kind': 'gpt2'}
 
 
 def test_tokenizer_of_a_directory(here):
@@ -170,39 +170,39 @@ def test_tokenizer_of_a_directory(here):
     hf_tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token='<end>')
     hf_tokenizer.save_pretrained('hf')
-    record = load_tokenizer_record(ModelSource('huggingface', 'hf'), model=None, checkpoint=None)
-    assert (record['kind'], record['end']) == ('hf', 1)
-    assert '"cat":0' in record['json'].replace(' ', '')
+    spec = load_tokenizer_spec(ModelLocation('huggingface', 'hf'), model=None, checkpoint=None)
+    assert (spec['kind'], spec['end']) == ('hf', 1)
+    assert '"cat":0' in spec['json'].replace(' ', '')
 
 
 def test_tokenizer_of_the_dataset(tiny, dataset):
     """ Checkpoints of nanoGPT have no tokenizer. """
-    record = load_tokenizer_record(CHECKPOINT, tiny, {'config': {'dataset': str(dataset)}})
-    assert record['kind'] == 'char'
-    assert {'c', 'a', 't', '\n'} <= set(record['itos'])
+    spec = load_tokenizer_spec(CHECKPOINT, tiny, {'config': {'dataset': str(dataset)}})
+    assert spec['kind'] == 'char'
+    assert {'c', 'a', 't', '\n'} <= set(spec['itos'])
 
 
-@pytest.mark.parametrize('vocab_size, checkpoint, record', [
+@pytest.mark.parametrize('vocab_size, checkpoint, spec', [
     (26, {'tokenizer': CHARACTERS, 'config': {'dataset': 'gone'}}, CHARACTERS),
     (50257, {}, {'kind': 'gpt2'}),
     (50257, {'config': {}}, {'kind': 'gpt2'}),
     (50304, {'config': {'dataset': 'gone'}}, {'kind': 'gpt2'}),
 ], ids=str)
-def test_tokenizer_of_a_checkpoint(vocab_size, checkpoint, record):
+def test_tokenizer_of_a_checkpoint(vocab_size, checkpoint, spec):
     model = GPT(GPTConfig(block_size=2, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=1))
-    assert load_tokenizer_record(CHECKPOINT, model, checkpoint) == record
+    assert load_tokenizer_spec(CHECKPOINT, model, checkpoint) == spec
 
 
 @pytest.mark.parametrize('required', [True, False])
 def test_the_dataset_is_gone(tiny, required):
     checkpoint = {'config': {'dataset': 'gone'}}
     with pytest.raises(UserError, match='dataset=gone'):
-        load_tokenizer_record(CHECKPOINT, tiny, checkpoint, required)
+        load_tokenizer_spec(CHECKPOINT, tiny, checkpoint, required)
 
 
 def test_only_the_vocabulary_size_is_known(tmp_path, tiny):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 40}))
     checkpoint = {'config': {'dataset': str(tmp_path)}}
-    assert load_tokenizer_record(CHECKPOINT, tiny, checkpoint, required=False) is None
+    assert load_tokenizer_spec(CHECKPOINT, tiny, checkpoint, required=False) is None
     with pytest.raises(UserError, match='no tokenizer'):
-        load_tokenizer_record(CHECKPOINT, tiny, checkpoint)
+        load_tokenizer_spec(CHECKPOINT, tiny, checkpoint)

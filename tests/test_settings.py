@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from components import settings as settings_module
 from components.errors import UserError
-from components.pretrained import ModelSource
+from components.pretrained import ModelLocation
 from components.settings import (
     check_bench,
     check_fit,
@@ -24,9 +24,9 @@ from model import GPTConfig
 
 def default_settings(script):
     """ The settings of a script at their defaults, with what 'auto' selects. """
-    source, _, _ = (ROOT / script).read_text().partition('\nexec(')
+    location, _, _ = (ROOT / script).read_text().partition('\nexec(')
     names = {}
-    exec(source, names)
+    exec(location, names)
     defaults = {name: value for name, value in names.items()
                 if type(value) in (int, float, bool, str) and not name.startswith('_')}
     return {**defaults, 'device': 'cpu', 'dtype': 'float32', 'compile': False, 'backend': 'gloo'}
@@ -187,24 +187,24 @@ ABC = {'kind': 'char', 'itos': ['a', 'b', 'c']}
 ACB = {'kind': 'char', 'itos': ['a', 'c', 'b']}
 
 
-def fit(model_args, record=ABC, checkpoint=None, source=('checkpoint', 'out/ckpt.pt'),
+def fit(model_args, spec=ABC, checkpoint=None, location=('checkpoint', 'out/ckpt.pt'),
         ids=(0, 1, 2)):
     """ Applies the rules to a model and a dataset `words` with the token ids `ids`. """
     model = SimpleNamespace(config=GPTConfig(**{'block_size': 16, **model_args}))
     data = {'train': np.array(ids, np.uint16), 'val': np.array([0], np.uint16)}
-    vocab_size = 50304 if record == GPT2 else 3
+    vocab_size = 50304 if spec == GPT2 else 3
     settings = dict(dataset='words', block_size=16)
-    check_fit(model, ModelSource(*source), checkpoint, data, vocab_size, record, settings)
+    check_fit(model, ModelLocation(*location), checkpoint, data, vocab_size, spec, settings)
 
 
 @pytest.mark.parametrize('arguments', [
     dict(model_args=dict(vocab_size=3)),
     dict(model_args=dict(vocab_size=64, block_size=32)),
-    dict(model_args=dict(vocab_size=50257), record=GPT2),
+    dict(model_args=dict(vocab_size=50257), spec=GPT2),
     dict(model_args=dict(vocab_size=3), checkpoint={}),  # nanoGPT's
     dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': None}),
     dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': ABC}),
-    dict(model_args=dict(vocab_size=3), source=('scratch', 'scratch')),
+    dict(model_args=dict(vocab_size=3), location=('scratch', 'scratch')),
 ])
 def test_model_fits_its_dataset(arguments):
     fit(**arguments)
@@ -212,7 +212,7 @@ def test_model_fits_its_dataset(arguments):
 
 @pytest.mark.parametrize('arguments, words', [
     (dict(model_args=dict(vocab_size=2), ids=[0]), 'out/ckpt.pt vocabulary 2 dataset=words 3'),
-    (dict(model_args=dict(vocab_size=50257), record=GPT2, ids=[7, 50299]), '50257 50300'),
+    (dict(model_args=dict(vocab_size=50257), spec=GPT2, ids=[7, 50299]), '50257 50300'),
     (dict(model_args=dict(vocab_size=3, block_size=8)), 'block_size=16 out/ckpt.pt --block_size=8'),
     (dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': ACB}), 'vocabulary --dataset'),
     (dict(model_args=dict(vocab_size=50304), checkpoint={'tokenizer': GPT2}), 'out/ckpt.pt words'),
@@ -230,8 +230,8 @@ def test_tokens_of_a_hugging_face_model(tmp_path):
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
     tokenizer_config = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     (tmp_path / 'tokenizer_config.json').write_text(tokenizer_config)
-    record = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': None}
-    source = ('huggingface', str(tmp_path))
-    fit(dict(vocab_size=3), record=record, source=source)
+    spec = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': None}
+    location = ('huggingface', str(tmp_path))
+    fit(dict(vocab_size=3), spec=spec, location=location)
     with refused('dataset=words', f'--tokenizer={tmp_path}'):
-        fit(dict(vocab_size=3), record=ABC, source=source)
+        fit(dict(vocab_size=3), spec=ABC, location=location)

@@ -9,7 +9,7 @@ import pytest
 from components import summary
 from components.checkpoint import Progress
 from components.optim import configure_optimizers
-from components.pretrained import ModelSource
+from components.pretrained import ModelLocation
 from components.summary import closing_line, opening_lines, perplexity_and_bits_per_byte
 
 CONFIG = dict(
@@ -17,8 +17,8 @@ CONFIG = dict(
     backend='gloo', muon_lr=0.0, eval_only=False, max_iters=12, decay_lr=True, lr_decay_iters=12,
     warmup_iters=2, gradient_accumulation_steps=5, batch_size=225, block_size=16,
     learning_rate=1e-3)
-SCRATCH = ModelSource('scratch', 'scratch')
-RESUME = ModelSource('resume', 'out/ckpt.pt')
+SCRATCH = ModelLocation('scratch', 'scratch')
+RESUME = ModelLocation('resume', 'out/ckpt.pt')
 
 # -----------------------------------------------------------------------------
 # before a run
@@ -33,12 +33,12 @@ def opening(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(summary, 'peak_flops', guess_peak)
     monkeypatch.setattr(summary, 'has_bfloat16', lambda: False)
 
-    def execute(source=SCRATCH, iter_num=0, **settings):
+    def execute(location=SCRATCH, iter_num=0, **settings):
         config = {**CONFIG, **settings}
         optimizers = configure_optimizers(
             tiny, 0.1, 1e-3, (0.9, 0.95), 'cpu', config['muon_lr'])
         progress = Progress(iter_num, best_val_loss=1.5)
-        return '\n'.join(opening_lines(config, source, progress, tiny, optimizers, 90_000)) + '\n'
+        return '\n'.join(opening_lines(config, location, progress, tiny, optimizers, 90_000)) + '\n'
     return execute
 
 
@@ -59,12 +59,12 @@ def test_opening_lines(opening, tiny):
                  id='compile and Muon'),
     pytest.param(dict(eval_only=True), 'TFLOP/s', 'epochs', id='evaluation'),
     pytest.param(dict(iter_num=12), 'TFLOP/s', 'epochs', id='nothing left'),
-    pytest.param(dict(source=RESUME, iter_num=2, init_from='auto'),
+    pytest.param(dict(location=RESUME, iter_num=2, init_from='auto'),
                  '^init_from=auto: resume\nresuming out/ckpt.pt at iteration 2, best val loss '
                  '1.5000\n(.*\n)*10 iterations: 180,000 tokens, 2 epochs, about 0:10:00', None,
                  id='resumed run'),
-    pytest.param(dict(source=ModelSource('huggingface', 'gpt2'), init_from='gpt2'), '^.* gpt2\n',
-                 'replace', id='fine-tuning'),
+    pytest.param(dict(location=ModelLocation('huggingface', 'gpt2'), init_from='gpt2'),
+                 '^.* gpt2\n', 'replace', id='fine-tuning'),
     pytest.param(dict(warmup_iters=12), 'NOTE: .* warmup', None, id='warmup alone'),
     pytest.param(dict(warmup_iters=11), '', 'NOTE', id='longest warmup'),
     pytest.param(dict(lr_decay_iters=13), 'NOTE: .*lr_decay_iters=13.*--lr_decay_iters=12', None,
@@ -92,7 +92,7 @@ def test_earlier_run_that_will_be_replaced(tmp_path, opening, name):
     (tmp_path / 'out' / name).touch()
     pattern = 'replace .* earlier run in out; --init_from=resume'
     assert re.search(pattern, opening())
-    assert re.search(pattern, opening(ModelSource('huggingface', 'gpt2')))
+    assert re.search(pattern, opening(ModelLocation('huggingface', 'gpt2')))
     assert not re.search(pattern, opening(eval_only=True))
     assert not re.search(pattern, opening(RESUME))
 
@@ -131,8 +131,8 @@ def test_closing_line(changes, expected):
 
 
 def test_bytes_of_text_beyond_ascii():
-    record = {'kind': 'char', 'itos': ['a', 'é', '€']}  # 1 + 2 + 3 bytes
-    text = perplexity_and_bits_per_byte(math.log(2), record, np.array([0, 1, 2]))
+    spec = {'kind': 'char', 'itos': ['a', 'é', '€']}  # 1 + 2 + 3 bytes
+    text = perplexity_and_bits_per_byte(math.log(2), spec, np.array([0, 1, 2]))
     assert text == 'perplexity 2 per token, 0.5000 bits per byte'
 
 
@@ -141,19 +141,19 @@ def test_end_of_text_costs_bits_and_is_not_text():
     model = tokenizers.models.WordLevel({'a': 0, 'b': 1, '<|endoftext|>': 2})
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.decoder = tokenizers.decoders.Fuse()
-    record = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': 2}
+    spec = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': 2}
     ids = np.array([0, 1, 2, 1, 0, 2], dtype=np.uint16)  # six tokens, four of them letters
-    text = perplexity_and_bits_per_byte(math.log(2), record, ids)
+    text = perplexity_and_bits_per_byte(math.log(2), spec, ids)
     assert text.endswith(', 1.5000 bits per byte')
 
 
-@pytest.mark.parametrize('loss, record, expected', [
+@pytest.mark.parametrize('loss, spec, expected', [
     (math.log(2), None, 'perplexity 2 per token'),
     (math.log(2), {'kind': 'gpt2'}, 'perplexity 2 per token'),
     (1e6, None, f'perplexity {math.exp(700):.4g} per token'),
 ])
-def test_perplexity_without_a_tokenizer(monkeypatch, loss, record, expected):
-    def get_tokenizer(record):
+def test_perplexity_without_a_tokenizer(monkeypatch, loss, spec, expected):
+    def get_tokenizer(spec):
         raise OSError('no network')
     monkeypatch.setattr(summary, 'get_tokenizer', get_tokenizer)
-    assert perplexity_and_bits_per_byte(loss, record, np.array([0, 1])) == expected
+    assert perplexity_and_bits_per_byte(loss, spec, np.array([0, 1])) == expected

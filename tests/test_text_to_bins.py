@@ -12,7 +12,7 @@ from components import text_to_bins
 from components.errors import UserError
 from components.text_sources import END_OF_DOCUMENT
 from components.text_to_bins import preparing, write_bins
-from components.tokenizer import get_tokenizer, load_meta, tokenizer_record
+from components.tokenizer import get_tokenizer, load_meta, tokenizer_spec
 
 GPT2 = {'kind': 'gpt2'}
 AB = {'kind': 'char', 'itos': ['a', 'b']}
@@ -27,12 +27,12 @@ def read(folder, split):
 
 
 def test_characters_are_little_endian_uint16(tmp_path, capsys):
-    record = {'kind': 'char', 'itos': [chr(i) for i in range(300)]}
+    spec = {'kind': 'char', 'itos': [chr(i) for i in range(300)]}
     splits = {'train': [chr(0), chr(255) + chr(256)], 'val': ['a', END_OF_DOCUMENT]}
-    write_bins(tmp_path, splits, record, 4)
+    write_bins(tmp_path, splits, spec, 4)
     assert (tmp_path / 'train.bin').read_bytes() == b'\x00\x00\xff\x00\x00\x01'
     assert read(tmp_path, 'val') == [ord('a')]
-    assert tokenizer_record(load_meta(tmp_path)) == record
+    assert tokenizer_spec(load_meta(tmp_path)) == spec
     out = capsys.readouterr().out
     assert out == 'vocabulary size: 300\ntrain.bin: 3 tokens\nval.bin: 1 tokens\n'
 
@@ -73,31 +73,31 @@ def test_error_in_worker_process(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['meta.pkl', 'train.bin']
 
 
-@pytest.mark.parametrize('record, splits, message', [
+@pytest.mark.parametrize('spec, splits, message', [
     pytest.param({'kind': 'char', 'itos': [chr(i) for i in range(65_537)]}, {'train': ['a']},
                  '65,537 tokens.*65,536', id='vocabulary'),
     pytest.param(AB, {'train': ['ab'], 'val': ['', END_OF_DOCUMENT]}, 'val.bin', id='empty split'),
 ])
-def test_write_bins_refuses(tmp_path, record, splits, message):
+def test_write_bins_refuses(tmp_path, spec, splits, message):
     with pytest.raises(UserError, match=message):
-        write_bins(tmp_path, splits, record, 2)
+        write_bins(tmp_path, splits, spec, 2)
     assert not list(tmp_path.iterdir())
 
 # -----------------------------------------------------------------------------
 # the disk
 
 
-@pytest.mark.parametrize('record, num_bytes', [
+@pytest.mark.parametrize('spec, num_bytes', [
     pytest.param(AB, 2000, id='characters'),
     pytest.param(GPT2, 500, id='about 4 characters a token'),
 ])
 @pytest.mark.usefixtures('gpt2')
-def test_disk_space_is_checked_first(tmp_path, monkeypatch, record, num_bytes):
+def test_disk_space_is_checked_first(tmp_path, monkeypatch, spec, num_bytes):
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=num_bytes - 1))
     with pytest.raises(OSError, match='MB free'):
-        write_bins(tmp_path, {'train': ['a' * 1000]}, record, 1000)
+        write_bins(tmp_path, {'train': ['a' * 1000]}, spec, 1000)
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=num_bytes))
-    write_bins(tmp_path, {'train': ['a' * 1000]}, record, 1000)
+    write_bins(tmp_path, {'train': ['a' * 1000]}, spec, 1000)
 
 
 def run_until_file_operation(number, function, *args):
@@ -144,15 +144,15 @@ def test_bins_match_vocabulary_when_killed(tmp_path, before, after):
         num_kills += 1
 
         bins = {path.stem for path in folder.glob('*.bin')} - {'pytorch_model'}
-        record = tokenizer_record(load_meta(folder))
-        assert not bins or record in (before, after)
+        spec = tokenizer_spec(load_meta(folder))
+        assert not bins or spec in (before, after)
         for split in bins:
             text = {**splits, 'test': ['a']}[split][0]
-            assert read(folder, split) == get_tokenizer(record).encode(text)
+            assert read(folder, split) == get_tokenizer(spec).encode(text)
         assert (folder / 'pytorch_model.bin').exists()
     assert num_kills > 5
     assert bins == {'train', 'val'}
-    assert record == after
+    assert spec == after
 
 # -----------------------------------------------------------------------------
 # preparing

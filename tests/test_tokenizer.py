@@ -1,4 +1,4 @@
-""" Tokenizers encode and decode as their references do; their records are plain data. """
+""" Tokenizers encode and decode as their references do; their specs are plain data. """
 import pickle
 
 import numpy as np
@@ -10,10 +10,10 @@ from components.errors import UserError
 from components.tokenizer import (
     get_tokenizer,
     has_tokenizer,
-    hf_record,
+    hf_spec,
     load_meta,
     meta_of,
-    tokenizer_record,
+    tokenizer_spec,
     tokens_of,
 )
 
@@ -31,13 +31,13 @@ HF_RECORD = {'kind': 'hf', 'json': HF.to_str(), 'end': 2}
 # tokenizers
 
 
-@pytest.mark.parametrize('record, text, ids, decoded', [
+@pytest.mark.parametrize('spec, text, ids, decoded', [
     pytest.param(CHAR, 'a\n\u00e9\U0001f600', [1, 0, 2, 3], 'a\n\u00e9\U0001f600', id='char'),
     pytest.param(HF_RECORD, 'a b b a', [0, 7, 7, 0], 'abba', id='hf'),
     pytest.param(HF_RECORD, 'b', [7], 'b', id='hf, short'),
 ])
-def test_encode_and_decode(record, text, ids, decoded):
-    tokenizer = get_tokenizer(record)
+def test_encode_and_decode(spec, text, ids, decoded):
+    tokenizer = get_tokenizer(spec)
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode(ids) == decoded
 
@@ -49,14 +49,14 @@ def test_gpt2_tokenizer(gpt2):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize('record, vocab_size, end_of_text, name', [
+@pytest.mark.parametrize('spec, vocab_size, end_of_text, name', [
     pytest.param(CHAR, 4, None, None, id='char'),
     pytest.param(GPT2, 50257, 50256, '<|endoftext|>', id='gpt2'),
     pytest.param(HF_RECORD, 8, 2, '<end>', id='hf'),
 ])
 @pytest.mark.usefixtures('gpt2')
-def test_vocabulary_and_end_of_text(record, vocab_size, end_of_text, name):
-    tokenizer = get_tokenizer(record)
+def test_vocabulary_and_end_of_text(spec, vocab_size, end_of_text, name):
+    tokenizer = get_tokenizer(spec)
     assert tokenizer.vocab_size == vocab_size
     assert tokenizer.end_of_text == end_of_text
     if name is not None:
@@ -64,38 +64,38 @@ def test_vocabulary_and_end_of_text(record, vocab_size, end_of_text, name):
         assert tokenizer.decode([end_of_text]) == name
 
 
-@pytest.mark.parametrize('record, message', [
+@pytest.mark.parametrize('spec, message', [
     pytest.param(CHAR, "'xy' is not in the vocabulary", id='char'),
     pytest.param(HF_RECORD, "no tokens for 'ayxa'", id='hf'),
 ])
-def test_character_without_a_token(record, message):
+def test_character_without_a_token(spec, message):
     with pytest.raises(UserError, match=message):
-        get_tokenizer(record).encode('ayxa')
+        get_tokenizer(spec).encode('ayxa')
 
 # -----------------------------------------------------------------------------
-# records
+# specs
 
 
-def test_hf_record_of_directory(tmp_path):
+def test_hf_spec_of_directory(tmp_path):
     assert not has_tokenizer(tmp_path)
     with pytest.raises(UserError, match='no tokenizer'):
-        hf_record(str(tmp_path))
+        hf_spec(str(tmp_path))
     saved = transformers.PreTrainedTokenizerFast(tokenizer_object=HF, eos_token='<end>')
     saved.save_pretrained(tmp_path)
     assert has_tokenizer(tmp_path)
-    record = hf_record(str(tmp_path))
-    assert record['end'] == 2
-    assert get_tokenizer(record).encode('a <end>', special=True) == [0, 2]
+    spec = hf_spec(str(tmp_path))
+    assert spec['end'] == 2
+    assert get_tokenizer(spec).encode('a <end>', special=True) == [0, 2]
 
 
-@pytest.mark.parametrize('record, tokens', [
+@pytest.mark.parametrize('spec, tokens', [
     (CHAR, {'\n': 0, 'a': 1, '\u00e9': 2, '\U0001f600': 3}),
     (HF_RECORD, {'a': 0, 'b': 7}),
     (GPT2, None),
     (None, None),
 ])
-def test_tokens_of(record, tokens):
-    assert tokens_of(record) == tokens
+def test_tokens_of(spec, tokens):
+    assert tokens_of(spec) == tokens
 
 # -----------------------------------------------------------------------------
 # meta.pkl
@@ -111,24 +111,24 @@ def test_meta_is_that_of_nanogpt():
     assert meta_of(CHAR, 4) == expected
 
 
-@pytest.mark.parametrize('meta, record', [
+@pytest.mark.parametrize('meta, spec', [
     pytest.param(meta_of(CHAR, 4), CHAR, id='char'),
     pytest.param(meta_of(HF_RECORD, 8), HF_RECORD, id='hf'),
     pytest.param({'vocab_size': 9, 'itos': ['a', 'b']}, {'kind': 'char', 'itos': ['a', 'b']},
                  id='itos is a list, of a padded vocabulary'),
     pytest.param({'vocab_size': 300}, None, id='vocab_size alone'),
 ])
-def test_load_meta(tmp_path, meta, record):
+def test_load_meta(tmp_path, meta, spec):
     save_meta(tmp_path, meta)
     loaded = load_meta(tmp_path)
     assert loaded['vocab_size'] == meta['vocab_size']
-    assert tokenizer_record(loaded) == record
+    assert tokenizer_spec(loaded) == spec
 
 
 def test_gpt2_has_no_meta(tmp_path):
     assert meta_of(GPT2, 50257) is None
     assert load_meta(tmp_path) is None
-    assert tokenizer_record(None) == GPT2
+    assert tokenizer_spec(None) == GPT2
 
 
 class Bomb:

@@ -25,7 +25,7 @@ from components.text_sources import (  # noqa: E402
     read_files,
 )
 from components.text_to_bins import preparing, write_bins  # noqa: E402
-from components.tokenizer import DATA_DIR, get_tokenizer, hf_record  # noqa: E402
+from components.tokenizer import DATA_DIR, get_tokenizer, hf_spec  # noqa: E402
 
 # -----------------------------------------------------------------------------
 source = ''         # a file or a folder of .txt, .jsonl and .parquet files
@@ -49,18 +49,18 @@ def check_settings(folder):
         raise UserError(f'tokenizer={tokenizer!r} must be gpt2, char, or a Hugging Face directory')
 
 
-def make_record(characters):
-    """ The record of the tokenizer for a text of these characters. """
+def make_spec(characters):
+    """ The spec of the tokenizer for a text of these characters. """
     if tokenizer == 'gpt2':
         return {'kind': 'gpt2'}
     if tokenizer == 'char':
         return {'kind': 'char', 'itos': sorted(characters)}
-    record = hf_record(tokenizer)
-    encode = get_tokenizer(record).encode
+    spec = hf_spec(tokenizer)
+    encode = get_tokenizer(spec).encode
     for character in sorted(characters):
         if not character.isspace() and not encode(character):
             raise UserError(f'{tokenizer} has no token for {character!r}; it would be lost')
-    return record
+    return spec
 
 
 def split_documents(paths, num_documents):
@@ -129,10 +129,10 @@ if __name__ == '__main__':
 
     with preparing(folder):
         num_documents, num_characters, characters = count_texts(paths)
-        record = make_record(characters)
+        spec = make_spec(characters)
         if num_documents > 1:
             splits = split_documents(paths, num_documents)
         else:
             splits = split_characters(paths, num_characters)
-        write_bins(folder, splits, record, num_characters)
+        write_bins(folder, splits, spec, num_characters)
         print_next_command()

@@ -27,5 +27,5 @@ if __name__ == '__main__':
         text = read_text(FOLDER / 'input.txt')
         num_train = int(len(text) * 0.9)
         splits = {'train': [text[:num_train]], 'val': [text[num_train:]]}
-        record = {'kind': 'char', 'itos': sorted(set(text))}
-        write_bins(FOLDER, splits, record, len(text))
+        spec = {'kind': 'char', 'itos': sorted(set(text))}
+        write_bins(FOLDER, splits, spec, len(text))
