@@ -1,8 +1,6 @@
 """
 The GPT: a decoder-only transformer with the architecture of GPT-2 (Radford and others, 2019), its
-loss, its KV cache, and its FLOPs.
-
-Not here: data, optimizers, checkpoints, pretrained weights, sampling (components/).
+loss, its KV cache, and its FLOPs. Not here: data, optimizers, files, sampling (components/).
 
 Shapes: B sequences of T tokens, C = n_embd channels, nh = n_head heads of size hs = C / nh.
 """
@@ -41,8 +39,6 @@ class GPTConfig:
                 raise ValueError(f'{name}={value!r} must be an integer of at least 1')
         if self.n_embd % self.n_head != 0:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout} must be at least 0 and below 1')
         if self.gelu not in ('exact', 'tanh'):
             raise ValueError(f"gelu={self.gelu!r} must be 'exact' or 'tanh'")
         if self.rotary and self.n_embd // self.n_head % 2 != 0:
@@ -199,12 +195,16 @@ class GPT(nn.Module):
         positions = torch.arange(start, end, device=idx.device)             # (T,)
         x = self.hidden_states(idx, positions, cache)                       # (B, T, C)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None                            # (B, 1, vocab_size)
+            return self.logits(x[:, -1:]), None                             # (B, 1, vocab_size)
 
         loss = F.linear_cross_entropy(
             x.flatten(0, 1), self.lm_head.weight, targets.flatten(), ignore_index=-1)
-        logits = self.lm_head(x) if return_logits else None                 # (B, T, vocab_size)
+        logits = self.logits(x) if return_logits else None                  # (B, T, vocab_size)
         return logits, loss
+
+    def logits(self, x):
+        """ (B, T, C) -> (B, T, vocab_size). In training, the loss alone has them, in parts. """
+        return self.lm_head(x)
 
     def hidden_states(self, idx, positions, cache=None):
         """ Token ids (B, T) at positions (T,), a cache for each block -> (B, T, C) for lm_head. """
@@ -259,7 +259,7 @@ class GPT(nn.Module):
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """ AdamW; see components.optim.configure_optimizers(). """
+        """ AdamW. train.py calls components.optim.configure_optimizers() itself. """
         from components.optim import configure_optimizers
         optimizers = configure_optimizers(self, weight_decay, learning_rate, betas, device_type)
         return optimizers['optimizer']
@@ -281,14 +281,13 @@ class GPT(nn.Module):
             n -= self.transformer.wte.weight.numel()  # looked up, not multiplied
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
         """
         Model FLOPs utilization (MFU): the FLOP/s of `fwdbwd_per_iter` sequences of block_size in
-        `dt` seconds, as a fraction of `peak`, by default that of the model's device.
+        `dt` seconds, as a fraction of the peak of the model's device.
         """
-        if peak is None:
-            from components.device import peak_flops
-            peak, _ = peak_flops(self.lm_head.weight.device.type)
+        from components.device import peak_flops
+        peak, _ = peak_flops(self.lm_head.weight.device.type)
         T = self.config.block_size
         return self.flops_per_token(T) * T * fwdbwd_per_iter / dt / peak
 
@@ -298,7 +297,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """ Continues each row of idx (B, T) by next_tokens() -> (B, T + max_new_tokens). """
+        """ Continues each row of idx (B, T) -> (B, T + max_new_tokens), as sample.py does. """
         from components.generation import next_tokens
         new_tokens = next_tokens(self, idx, max_new_tokens, temperature, top_k, **options)
         columns = [tokens[:, None] for tokens in new_tokens]                # (B, 1) each

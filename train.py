@@ -147,7 +147,7 @@ TRAINING, EVALUATION, DROPOUT, EPOCH = range(4)  # uses of random numbers, each 
 def get_batch(split, index=0, iter_num=None):
     """
     Reads micro-batch `index` of iteration `iter_num`, or without it batch `index` of an evaluation.
-    It is a function of these arguments and the seed.
+    It is a function of these arguments and the seed. A thread calls it one batch ahead.
 
     Returns inputs and targets, int64 (B, T), with CUDA on the GPU. The loss ignores targets of -1.
     """
@@ -182,10 +182,9 @@ def num_eval_windows(split):
 
 
 def seed_dropout(iter_num, index):
-    """ Makes the dropout of a micro-batch a function of the seed and its place in training. """
-    if dropout > 0:
-        rng = np.random.default_rng((seed, DROPOUT, iter_num, index))
-        torch.manual_seed(int(rng.integers(2**63)))
+    """ Makes torch's random numbers a function of the seed and the place of a micro-batch. """
+    rng = np.random.default_rng((seed, DROPOUT, iter_num, index))
+    torch.manual_seed(int(rng.integers(2**63)))
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -261,8 +260,8 @@ while True:
 
     # 2. evaluate
     is_last = eval_only or iter_num >= max_iters
-    is_due = is_last or (eval_interval > 0 and iter_num % eval_interval == 0)
-    should_evaluate = is_due and not stop.reason
+    is_eval_due = is_last or (eval_interval > 0 and iter_num % eval_interval == 0)
+    should_evaluate = is_eval_due and not stop.reason
     if should_evaluate:
         with clock.paused():
             losses = estimate_loss()
@@ -275,8 +274,8 @@ while True:
             is_last |= iter_num - progress.best_val_iter >= early_stopping * eval_interval
 
     # 3. save after an evaluation, every checkpoint_interval iterations, and on a signal
-    is_due = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
-    if (should_evaluate or is_due or stop.reason) and not eval_only:
+    is_save_due = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
+    if (should_evaluate or is_save_due or stop.reason) and not eval_only:
         with clock.paused():
             checkpoints.save(progress, raw_model, optimizers, scaler, stop.reason != '',
                              config=config, tokenizer=tokenizer, job=job.name)

@@ -1,8 +1,8 @@
 """
-Functions of torch.nn.functional, with the same names, arguments and results, that are computed in
-another way where it pays: with less time on a CPU, or with less memory for the loss. What these
-ways do not cover is left to PyTorch, so `import torch.nn.functional as F` is a replacement for this
-file.
+torch.nn.functional, of which four functions are computed in another way where it pays: with less
+time on a CPU, or with less memory for the loss. Names, arguments and results are the same, and what
+these ways do not cover is left to PyTorch: from torch 2.13 on, `import torch.nn.functional as F`
+replaces this file.
 
 Not here: the model that calls them (model.py).
 """
@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import *  # noqa: F403  all other functions
 
 MAX_ATTENTION_MATRIX = 512  # tokens; up to here, bfloat16 on a CPU uses attend_by_matrices()
 MAX_LOGITS = 2**26  # numbers, 256 MiB in float32; the loss of more is computed in chunks of tokens

@@ -154,8 +154,8 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
         {'params': not_decayed, 'weight_decay': 0.0, 'lr_scale': 1.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-    if device_type == 'cuda':
-        adamw.found_inf = None  # fused AdamW reads it, as under a GradScaler; see clip_and_step()
+    if device_type == 'cuda':  # only with fused=True, AdamW reads this; see clip_and_step()
+        adamw.found_inf = None
     optimizers['optimizer'] = adamw
 
     if muon_lr > 0:
@@ -169,7 +169,7 @@ def set_learning_rate(optimizers, lr):
     """ Gives every parameter group its share of the learning rate. """
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group['lr'] = lr * group['lr_scale']
+            group['lr'] = lr * group.get('lr_scale', 1.0)
 
 # -----------------------------------------------------------------------------
 # the step

@@ -96,7 +96,7 @@ class StaticDecoder:
         """ Reads the last token and samples the next one, without a synchronization. """
         last_token = self.token.clamp(min=0)[:, None]                       # (B, 1)
         x = self.model.hidden_states(last_token, self.position, self.cache)  # (B, 1, C)
-        logits = self.model.lm_head(x)[:, -1].float()                       # (B, vocab_size)
+        logits = self.model.logits(x)[:, -1].float()                        # (B, vocab_size)
         self.token.copy_(sample_token(logits, self.random_numbers, **self.settings))
         self.position.add_(1)
 

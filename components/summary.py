@@ -12,6 +12,7 @@ from components.checkpoint import find_checkpoint
 from components.device import describe_compile, has_bfloat16, peak_flops
 from components.distributed import print_master
 from components.tokenizer import get_tokenizer
+from model import GPTConfig
 
 
 def print_opening(config_overrides, *args, **kwargs):
@@ -35,6 +36,8 @@ def opening_lines(config, location, progress, model, optimizers, num_train_token
     num_processes = int(os.environ.get('WORLD_SIZE', 1))
     s = SimpleNamespace(**config)
     yield from lines_about_start(s, location, progress)
+    if location.kind != 'scratch':
+        yield from notes_on_architecture(config, location, model)
     tokens_per_iter = s.gradient_accumulation_steps * s.batch_size * s.block_size
     processes = '1 process'
     if num_processes > 1:
@@ -75,6 +78,17 @@ def lines_about_start(s, location, progress):
                '--init_from=resume continues that run')
 
 
+def notes_on_architecture(config, location, model):
+    """ A line, if settings ask for another architecture than that of a loaded model. """
+    ignored = []
+    for name, default in vars(GPTConfig(bias=False)).items():  # as in train.py
+        own = getattr(model.config, name)
+        if name in config and config[name] not in (own, default):
+            ignored.append(f'{name}={config[name]} ({own})')
+    if ignored:
+        yield f'NOTE: {location.name} has its own architecture; ignored: {", ".join(ignored)}'
+
+
 def notes_on_schedule(s):
     """ Lines, if the run ends before the learning rate has risen or decayed. """
     if s.decay_lr and s.warmup_iters >= s.max_iters:
@@ -91,6 +105,8 @@ def best_loss(progress):
     text = f'best val loss {progress.best_val_loss:.4f}'
     if progress.best_val_iter is not None:
         text += f' at step {progress.best_val_iter}'
+    if progress.best_val_iter == 0:
+        text += ' (not saved)'
     return text
 
 

@@ -65,6 +65,8 @@ def test_opening_lines(opening, tiny):
                  id='resumed run'),
     pytest.param(dict(location=ModelLocation('huggingface', 'gpt2'), init_from='gpt2'),
                  '^.* gpt2\n', 'replace', id='fine-tuning'),
+    pytest.param(dict(location=RESUME, init_from='resume', n_layer=7, n_head=12, n_embd=768),
+                 r'NOTE: .*ignored: n_layer=7 \(2\)\n', None, id='another architecture'),
     pytest.param(dict(warmup_iters=12), 'NOTE: .* warmup', None, id='warmup alone'),
     pytest.param(dict(warmup_iters=11), '', 'NOTE', id='longest warmup'),
     pytest.param(dict(lr_decay_iters=13), 'NOTE: .*lr_decay_iters=13.*--lr_decay_iters=12', None,
