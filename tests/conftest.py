@@ -41,8 +41,9 @@ SMALL = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=1,
     eval_iters=2, eval_interval=10, max_iters=20, lr_decay_iters=20, warmup_iters=2,
     learning_rate=1e-2, min_lr=1e-3, device='cpu', compile=False, dtype='float32')
-# what the configs named _fast set, for a small run
-FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02, cooldown_iters=10)
+# the architecture of the configs named _fast, and a small training run with it
+FAST_MODEL = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
+FAST = dict(FAST_MODEL, muon_lr=0.02, cooldown_iters=10)
 
 
 @pytest.fixture(scope='session')

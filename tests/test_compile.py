@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, environment, flags
+from conftest import FAST_MODEL, ROOT, SMALL, environment, flags
 from torch._dynamo.utils import counters
 
 from components import functional
@@ -19,7 +19,6 @@ from components.device import missing_for_compile
 from model import GPT, GPTConfig
 
 SIZES = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False)
-FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def train_and_evaluate(args, dtype, compile=lambda model: model):
 @pytest.mark.slow
 @pytest.mark.parametrize('args, dtype, tolerance', [
     pytest.param(dict(), 'float32', 1e-4, id='default'),
-    pytest.param(FAST, 'bfloat16', 1e-2, id='fast'),
+    pytest.param(FAST_MODEL, 'bfloat16', 1e-2, id='fast'),
     pytest.param(dict(dropout=0.1), 'bfloat16', 1e-2, id='dropout'),
 ])
 def test_one_graph_to_train_and_one_to_evaluate(args, dtype, tolerance, graphs, monkeypatch):
@@ -105,7 +104,7 @@ def test_graph_of_the_loss(graphs, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('settings', [
     pytest.param(dict(eval_iters=-1), id='default'),
-    pytest.param(dict(dropout=0.1, dtype='bfloat16', muon_lr=0.02, **FAST), id='fast'),
+    pytest.param(dict(dropout=0.1, dtype='bfloat16', muon_lr=0.02, **FAST_MODEL), id='fast'),
 ])
 def test_training_run_compiles_two_graphs(settings, graphs, script_globals, dataset, monkeypatch):
     """ With evaluations, and with accumulated gradients. """

@@ -14,7 +14,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, run, train
+from conftest import FAST, SMALL, run, train
 from kill_and_resume import differences
 from processes import run_first, start_training
 
@@ -29,9 +29,8 @@ if DEVICE == 'cuda':
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=8)
 GPT2 = dict(SIZES, gradient_accumulation_steps=2)
-FAST = dict(GPT2, rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02,
-            cooldown_iters=10)
-SETTINGS = dict(gpt2=GPT2, fast=FAST)
+FAST_SETTINGS = dict(GPT2, **FAST)
+SETTINGS = dict(gpt2=GPT2, fast=FAST_SETTINGS)
 OPTIMIZERS = dict(gpt2='AdamW', fast='AdamW and Muon')
 # of losses after 20 updates in another dtype, or in TF32, which float32 is on a GPU
 TOLERANCE = 0.01
@@ -88,7 +87,7 @@ def test_compiled_training(tmp_path, dataset, reference, monkeypatch, name, dtyp
 
 @needs_gpu
 def test_training_with_cuda_graphs(tmp_path, dataset):
-    settings = {**FAST, 'gradient_accumulation_steps': 1, 'device': 'cuda', 'dtype': 'bfloat16'}
+    settings = dict(FAST_SETTINGS, gradient_accumulation_steps=1, device='cuda', dtype='bfloat16')
     ended = train(tmp_path, dataset, compile='reduce-overhead', **settings)
     assert 'device: cuda, bfloat16, compiled with CUDA graphs' in ended[2]
     assert_equal_runs(ended, train(tmp_path, dataset, out_dir='eager', **settings))
@@ -178,7 +177,7 @@ torch.backends.cudnn.deterministic = True
 
 def test_resume_by_deterministic_algorithms_is_bit_identical(tmp_path, dataset, monkeypatch):
     run_first(DETERMINISTIC, tmp_path, monkeypatch)
-    train_twice(tmp_path, dataset, device=DEVICE, dtype='float16', dropout=0.1, **FAST)
+    train_twice(tmp_path, dataset, device=DEVICE, dtype='float16', dropout=0.1, **FAST_SETTINGS)
     assert not differences(tmp_path / 'out', tmp_path / 'uninterrupted')
 
 # -----------------------------------------------------------------------------
@@ -243,7 +242,7 @@ LARGE_BATCH = 64  # from 3,072 tokens on, PyTorch has another kernel for gradien
 @pytest.mark.parametrize('settings', [
     dict(GPT2, dtype='float32', batch_size=LARGE_BATCH),
     dict(GPT2, dtype='float16', dropout=0.1),
-    dict(FAST, dtype='bfloat16', batch_size=LARGE_BATCH),
+    dict(FAST_SETTINGS, dtype='bfloat16', batch_size=LARGE_BATCH),
     dict(GPT2, dtype='bfloat16', compile=True),
     dict(GPT2, dtype='bfloat16', compile='reduce-overhead', gradient_accumulation_steps=1),
 ], ids=['float32', 'float16', 'fast', 'compiled', 'CUDA graphs'])

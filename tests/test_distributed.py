@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL, flags, run, run_script, train
+from conftest import FAST, ROOT, SMALL, flags, run, run_script, train
 from kill_and_resume import differences
 from processes import LONG, read_until, run_first, start_training, worker_pids
 
@@ -18,7 +18,6 @@ from components.checkpoint import load_checkpoint
 from model import GPT, GPTConfig
 
 SHARED = dict(gradient_accumulation_steps=4, dropout=0.1, eval_iters=-1)
-FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02, cooldown_iters=10)
 PRINTED_DIGITS = 1.01e-4  # losses are printed with four digits, and sums are in another order
 
 needs_forks = pytest.mark.skipif(

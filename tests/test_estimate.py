@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FAST_MODEL, ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,6 @@ from model import GPT, GPTConfig
 
 BATCH_SIZE = 4
 TINY = dict(vocab_size=50, n_layer=3, n_head=2, n_embd=64, block_size=64)
-LLAMA = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 MOSTLY_LOGITS = dict(vocab_size=5000, n_layer=1, n_embd=32)
 LARGER = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=500)
 
@@ -70,7 +69,8 @@ class LiveTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('settings', [
-    {}, LARGER, dict(bias=False), dict(dropout=0.1), LLAMA, *[{name: True} for name in LLAMA],
+    {}, LARGER, dict(bias=False), dict(dropout=0.1), FAST_MODEL,
+    *[{name: True} for name in FAST_MODEL],
 ], ids=str)
 def test_saved_activations(dtype, settings):
     model = new_model(**settings)
@@ -86,9 +86,9 @@ def test_saved_activations(dtype, settings):
     ('float32', LARGER, dict(activation_checkpointing=True)),
     ('float32', MOSTLY_LOGITS, {}),
     ('float32', MOSTLY_LOGITS, dict(num_chunks=4)),
-    ('float32', LLAMA, dict(muon_lr=0.02)),
+    ('float32', FAST_MODEL, dict(muon_lr=0.02)),
     ('bfloat16', {}, {}),
-    ('bfloat16', LLAMA, dict(muon_lr=0.02, num_chunks=4)),
+    ('bfloat16', FAST_MODEL, dict(muon_lr=0.02, num_chunks=4)),
     ('bfloat16', {}, dict(activation_checkpointing=True)),
     ('bfloat16', MOSTLY_LOGITS, dict(num_chunks=4)),
 ], ids=str)

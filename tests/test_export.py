@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import SMALL, run, train
+from conftest import FAST_MODEL, SMALL, run, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import components.huggingface
@@ -14,7 +14,6 @@ from components.pretrained import find_model, load_model
 from components.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
-FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 CHARACTERS = {'kind': 'char', 'itos': list('\n .acehmnost')}
 SETTINGS = {'dataset': 'words', 'learning_rate': 0.01}
 
@@ -42,7 +41,7 @@ def save(tmp_path):
 @pytest.mark.parametrize('args, hf_class', [
     pytest.param({}, 'GPT2LMHeadModel', id='GPT-2'),
     pytest.param(dict(bias=True, gelu='tanh', vocab_size=64), 'GPT2LMHeadModel', id='padding'),
-    pytest.param(dict(rope_base=200, **FAST), 'NanoChatForCausalLM', id='nanochat'),
+    pytest.param(dict(rope_base=200, **FAST_MODEL), 'NanoChatForCausalLM', id='nanochat'),
 ])
 @torch.no_grad()
 def test_an_export_computes_what_the_checkpoint_computes(
@@ -156,7 +155,7 @@ def test_an_existing_directory_is_kept(tmp_path, save, script_globals, capsys):
 
 @pytest.mark.parametrize('args, message', [
     pytest.param(dict(rotary=True, untied=True), 'rotary, untied and bias=False', id='part'),
-    pytest.param(dict(FAST, bias=True), 'untied and bias=True', id='bias'),
+    pytest.param(dict(FAST_MODEL, bias=True), 'untied and bias=True', id='bias'),
     pytest.param(dict(tokenizer={'kind': 'char', 'itos': list('abcdefghijklm')}),
                  'tokenizer has 13 tokens.* 12', id='tokenizer'),
     pytest.param(dict(tokenizer=None, config={'dataset': 'gone'}),

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import SMALL, run, train
+from conftest import FAST, SMALL, run, train
 from kill_and_resume import differences
 from processes import run_first
 
@@ -14,8 +14,7 @@ pytestmark = pytest.mark.slow
 
 PRINTED_DIGITS = 1.01e-4  # losses are printed with four digits, and sums are in another order
 GPT2 = dict(gradient_accumulation_steps=4, dropout=0.1)
-FAST = dict(GPT2, rotary=True, rmsnorm=True, qk_norm=True, untied=True, muon_lr=0.02,
-            cooldown_iters=10)
+FAST_SETTINGS = dict(GPT2, **FAST)
 
 
 def assert_equal_runs(a, b, tolerance=PRINTED_DIGITS):
@@ -26,7 +25,7 @@ def assert_equal_runs(a, b, tolerance=PRINTED_DIGITS):
         assert a[1][number] == pytest.approx(pair, abs=tolerance)
 
 
-@pytest.mark.parametrize('settings', [GPT2, FAST], ids=['gpt2', 'fast'])
+@pytest.mark.parametrize('settings', [GPT2, FAST_SETTINGS], ids=['gpt2', 'fast'])
 def test_other_numbers_of_processes_equal_one_process(tmp_path, dataset, settings):
     expected = train(tmp_path, dataset, **settings, out_dir='one')
     losses = {}
@@ -47,7 +46,7 @@ def test_other_numbers_of_processes_equal_one_process(tmp_path, dataset, setting
 
 
 def test_resume_and_activation_checkpointing_are_bit_identical(tmp_path, dataset):
-    settings = dict(FAST, fsdp=True, processes=2)
+    settings = dict(FAST_SETTINGS, fsdp=True, processes=2)
     train(tmp_path, dataset, **settings, out_dir='uninterrupted')
     train(tmp_path, dataset, **settings, activation_checkpointing=True, max_iters=10)
     train(tmp_path, dataset, **settings, activation_checkpointing=True, init_from='resume')
@@ -56,7 +55,7 @@ def test_resume_and_activation_checkpointing_are_bit_identical(tmp_path, dataset
 
 def test_rows_that_cannot_be_divided(tmp_path, dataset):
     """ Matrices of 16 and 48 rows in five parts: the last process has none of some. """
-    settings = dict(FAST, untied=False, gradient_accumulation_steps=5)
+    settings = dict(FAST_SETTINGS, untied=False, gradient_accumulation_steps=5)
     one = train(tmp_path, dataset, **settings, out_dir='one')
     parts = train(tmp_path, dataset, **settings, fsdp=True, processes=5)
     assert_equal_runs(parts, one)
@@ -70,7 +69,7 @@ def test_rows_that_cannot_be_divided(tmp_path, dataset):
 
 @pytest.mark.parametrize('eval_iters', [3, -1])
 def test_processes_evaluate_different_numbers_of_batches(tmp_path, dataset, eval_iters):
-    settings = dict(FAST, eval_only=True, eval_iters=eval_iters)
+    settings = dict(FAST_SETTINGS, eval_only=True, eval_iters=eval_iters)
     one = train(tmp_path, dataset, **settings)
     assert_equal_runs(train(tmp_path, dataset, **settings, fsdp=True, processes=4), one)
 
@@ -142,7 +141,7 @@ model.GPT.forward = forward_with_nan
 
 
 def test_skipped_steps_change_nothing(tmp_path, dataset, monkeypatch):
-    settings = dict(FAST, fsdp=True, processes=2, eval_interval=0, decay_lr=False)
+    settings = dict(FAST_SETTINGS, fsdp=True, processes=2, eval_interval=0, decay_lr=False)
     train(tmp_path, dataset, **settings, max_iters=3)
     before = load_checkpoint(tmp_path / 'out/ckpt.pt')
     run_first(NAN_IN_ONE_PROCESS, tmp_path, monkeypatch)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, run
+from conftest import FAST_MODEL, ROOT, SMALL, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +17,6 @@ from model import GPT, GPTConfig
 
 V = 40
 B, T = 3, 16
-FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 dtypes = pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 
@@ -94,7 +93,7 @@ def largest_error(actual, expected):
 @pytest.mark.skipif(not hasattr(F, 'linear_cross_entropy'), reason='requires torch 2.13')
 @pytest.mark.parametrize('dtype, tolerance', [
     ('float32', 1e-5), ('bfloat16', 0.05), ('float16', 0.01)])
-@pytest.mark.parametrize('args', [{}, FAST], ids=['GPT-2', 'fast'])
+@pytest.mark.parametrize('args', [{}, FAST_MODEL], ids=['GPT-2', 'fast'])
 def test_torch_in_its_place_gives_the_same_numbers(args, dtype, tolerance, monkeypatch):
     model = new_model(**args)
     batch = new_batch(7)
@@ -205,7 +204,7 @@ def test_attention_of_other_shapes(num_heads, num_queries, options):
 
 def test_attention_by_matrices_is_about_as_exact_as_in_float32(monkeypatch):
     """ And it is another computation: the gradients of a model differ in their last bits. """
-    model = new_model(**FAST)
+    model = new_model(**FAST_MODEL)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     exact = loss_and_gradients(model, new_batch())
@@ -276,7 +275,7 @@ def test_second_gradients_of_the_loss(small_chunks):
 
 
 @pytest.mark.parametrize('num_ignored', [0, 7, 13], ids='{} ignored'.format)
-@pytest.mark.parametrize('args', [{}, FAST], ids=['tied', 'untied'])
+@pytest.mark.parametrize('args', [{}, FAST_MODEL], ids=['tied', 'untied'])
 def test_chunks_in_a_model(args, num_ignored, monkeypatch):
     """ 13: a chunk without targets. """
     model = new_model(**args)
@@ -288,7 +287,7 @@ def test_chunks_in_a_model(args, num_ignored, monkeypatch):
 
 
 @pytest.mark.parametrize('dtype, scale', [('bfloat16', 1), ('float16', 2**16)])
-@pytest.mark.parametrize('args', [{}, FAST], ids=['tied', 'untied'])
+@pytest.mark.parametrize('args', [{}, FAST_MODEL], ids=['tied', 'untied'])
 def test_chunks_under_autocast(args, dtype, scale, monkeypatch):
     """ Chunks are about as close to float32 as all logits are in the same dtype. """
     model = new_model(**args)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAST_MODEL
 
 from components.errors import UserError
 from components.generation import (
@@ -24,11 +25,10 @@ from components.generation import (
 )
 from model import GPT, GPTConfig
 
-FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)  # the _fast configs
 ARCHITECTURES = [
     pytest.param(dict(), id='default'),
     pytest.param(dict(bias=True, gelu='tanh', block_size=25, n_layer=1), id='bias, odd block'),
-    pytest.param(FAST, id='fast'),
+    pytest.param(FAST_MODEL, id='fast'),
 ]
 
 

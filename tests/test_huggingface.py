@@ -6,6 +6,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import FAST_MODEL
 from safetensors.torch import load_file, save_file
 
 from components.errors import UserError
@@ -18,7 +19,7 @@ from components.huggingface import (
 from components.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
-FAST = dict(bias=False, rotary=True, rmsnorm=True, qk_norm=True, untied=True)
+NANOCHAT = dict(FAST_MODEL, bias=False)  # what to_nanochat() can convert
 
 
 @pytest.fixture(scope='module')
@@ -171,9 +172,9 @@ def test_gpt2_without_a_network(hub_cache, name):
     pytest.param(to_gpt2, dict(bias=False), 'gelu', id='gpt2'),
     pytest.param(to_gpt2, dict(bias=True, dropout=0.25), 'gelu', id='bias'),
     pytest.param(to_gpt2, dict(bias=True, gelu='tanh'), 'gelu_new', id='tanh'),
-    pytest.param(to_nanochat, FAST, 'gelu', id='nanochat'),
-    pytest.param(to_nanochat, dict(gelu='tanh', **FAST), 'gelu_pytorch_tanh', id='nanochat tanh'),
-    pytest.param(to_nanochat, dict(rope_base=20, **FAST), 'gelu', id='rope_base'),
+    pytest.param(to_nanochat, NANOCHAT, 'gelu', id='nanochat'),
+    pytest.param(to_nanochat, dict(NANOCHAT, gelu='tanh'), 'gelu_pytorch_tanh', id='nanochat tanh'),
+    pytest.param(to_nanochat, dict(NANOCHAT, rope_base=20), 'gelu', id='rope_base'),
 ])
 @torch.no_grad()
 def test_logits_of_an_export(convert, args, activation):
@@ -194,7 +195,7 @@ def test_logits_of_an_export(convert, args, activation):
 
 
 def test_to_nanochat_gradients():
-    model = random_gpt(**FAST)
+    model = random_gpt(**NANOCHAT)
     hf_model = to_nanochat(model, vocab_size=40, end_of_text=None).eval()
     idx = torch.randint(40, (3, 16), generator=torch.Generator().manual_seed(1))
     targets = F.pad(idx[:, 1:], (0, 1), value=-1)

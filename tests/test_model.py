@@ -8,18 +8,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAST_MODEL
 
 from model import GPT, GPTConfig, apply_rope, rope_cos_sin
 
-FAST = dict(rotary=True, rmsnorm=True, qk_norm=True, untied=True)
 architectures = pytest.mark.parametrize('args', [
     pytest.param(dict(), id='default'),
     pytest.param(dict(bias=True, gelu='tanh'), id='GPT-2'),
     pytest.param(dict(rotary=True), id='rotary'),
     pytest.param(dict(qk_norm=True), id='qk_norm'),
-    pytest.param(FAST, id='fast'),
+    pytest.param(FAST_MODEL, id='fast'),
 ])
-default_and_fast = pytest.mark.parametrize('args', [dict(), FAST], ids=['default', 'fast'])
+default_and_fast = pytest.mark.parametrize('args', [dict(), FAST_MODEL], ids=['default', 'fast'])
 
 
 def small_gpt(**args):
@@ -78,7 +78,7 @@ def test_more_tokens_than_block_size(args):
         model(random_ids(1, 1), cache=cache)
 
 
-@pytest.mark.parametrize('flag', FAST)
+@pytest.mark.parametrize('flag', FAST_MODEL)
 def test_each_flag_changes_the_logits(flag):
     logits = []
     for args in (dict(), {flag: True}):
@@ -138,7 +138,7 @@ def test_attention_gradients_in_float64(tiny):
 
 def test_autocast_on_a_cpu():
     """ The error of bfloat16 is small, and gradients are in float32. """
-    model = small_gpt(**FAST)
+    model = small_gpt(**FAST_MODEL)
     idx = random_ids(3, 16)
     exact, _ = model(idx, idx)
     with torch.autocast('cpu', torch.bfloat16):
@@ -150,7 +150,7 @@ def test_autocast_on_a_cpu():
 
 
 def test_model_in_bfloat16():
-    logits, loss = small_gpt(**FAST).bfloat16()(random_ids(3, 16), random_ids(3, 16))
+    logits, loss = small_gpt(**FAST_MODEL).bfloat16()(random_ids(3, 16), random_ids(3, 16))
     assert logits.dtype == loss.dtype == torch.bfloat16
 
 # -----------------------------------------------------------------------------

@@ -17,6 +17,12 @@ from kill_and_resume import checkpoint_differences, differences
 
 from components.dataset import epoch_starts
 
+# what random numbers are for: this follows the seed in their keys, and stays, or runs would change
+TRAINING = 0
+EVALUATION = 1
+DROPOUT = 2
+EPOCH = 3
+
 
 def read_checkpoint(path):
     return torch.load(path, weights_only=True)
@@ -36,14 +42,14 @@ def windows_of(ids, starts):
 
 
 @pytest.mark.parametrize('arguments, key, settings', [
-    (('train', 3, 7), (1337, 0, 7, 3), dict()),
-    (('train', 0, 107), (5, 0, 107, 0), dict(seed=5)),
-    (('train', 2), (1337, 1, 0, 2), dict()),
-    (('train', 2), (1337, 1, 0, 2), dict(without_replacement=True)),
-    (('val', 0), (1337, 1, 1, 0), dict()),
+    (('train', 3, 7), (1337, TRAINING, 7, 3), dict()),
+    (('train', 0, 107), (5, TRAINING, 107, 0), dict(seed=5)),
+    (('train', 2), (1337, EVALUATION, 0, 2), dict()),
+    (('train', 2), (1337, EVALUATION, 0, 2), dict(without_replacement=True)),
+    (('val', 0), (1337, EVALUATION, 1, 0), dict()),
 ], ids=str)
 def test_windows_are_a_function_of_the_seed_and_their_number(trainer, arguments, key, settings):
-    """ Key: the seed; 0 for training and the iteration, or 1 and the split; the batch. """
+    """ Key: the seed; TRAINING and the iteration, or EVALUATION and the split; the batch. """
     names = trainer(**settings)
     ids = names['data'][arguments[0]]
     starts = np.random.default_rng(key).integers(len(ids) - 16, size=4)
@@ -58,7 +64,7 @@ def test_windows_without_replacement(trainer):
     names = trainer(without_replacement=True, batch_size=2, gradient_accumulation_steps=2)
     x = [names['get_batch']('train', index, iter_num)[0]
          for iter_num in range(93) for index in (0, 1)]
-    starts = epoch_starts(6000, 16, 372, 0, (1337, 3))
+    starts = epoch_starts(6000, 16, 372, 0, (1337, EPOCH))
     assert torch.cat(x).tolist() == windows_of(names['data']['train'], starts)
 
 
@@ -92,7 +98,7 @@ def test_evaluation_equals_a_loop_over_windows(trainer, split, number):
     names = trainer(eval_iters=3)
     starts = []
     for index in range(3):
-        rng = np.random.default_rng((1337, 1, number, index))
+        rng = np.random.default_rng((1337, EVALUATION, number, index))
         starts += rng.integers(len(names['data'][split]) - 16, size=4).tolist()
     expected = mean_loss(names, split, starts)
     assert names['estimate_loss']()[split] == pytest.approx(expected, abs=1e-5)
@@ -199,7 +205,7 @@ def test_dropout_is_a_function_of_seed_iteration_and_index(trainer):
                     learning_rate=0.0, eval_interval=101)
     losses = []
     for index in range(2):
-        dropout_seed = np.random.default_rng((1337, 2, 101, index)).integers(2**63)
+        dropout_seed = np.random.default_rng((1337, DROPOUT, 101, index)).integers(2**63)
         torch.manual_seed(int(dropout_seed))
         _, loss = names['raw_model'](*names['get_batch']('train', index, 101))
         losses.append(loss.item())
