@@ -270,8 +270,7 @@ while True:
                          f'{eval_split} loss {val_loss:.4f}')
             progress.add_evaluation(val_loss)
             log.add_evaluation(iter_num, losses, lr, clock.mfu, raw_model, data[eval_split])
-        if early_stopping > 0 and progress.best_val_iter is not None:
-            is_last |= iter_num - progress.best_val_iter >= early_stopping * eval_interval
+        is_last |= progress.num_evals_without_best >= early_stopping > 0
 
     # 3. save after an evaluation, every checkpoint_interval iterations, and on a signal
     is_save_due = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0

@@ -65,14 +65,19 @@ class Progress:
     val_loss: float | None = None   # of the model as it is now, if it was evaluated
     best_val_loss: float = math.inf
     best_val_iter: int | None = None
+    num_evals_without_best: int = 0  # in a row
     run_id: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
 
     def add_evaluation(self, val_loss):
         """ Keeps the validation loss of the model as it is now. """
+        is_counted = self.val_loss is not None  # a resumed run evaluates this model again
         self.val_loss = val_loss
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             self.best_val_iter = self.iter_num
+            self.num_evals_without_best = 0
+        elif not is_counted:
+            self.num_evals_without_best += 1
 
     def add_update(self, loss, num_tokens):
         """ Counts an update, by a batch of `num_tokens` tokens with this loss. """

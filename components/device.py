@@ -4,6 +4,7 @@ The device: which one, in which dtype, compiled or not; its peak FLOP/s and its 
 Not here: processes (distributed.py) and what a model computes (model.py).
 """
 import ctypes
+import os
 import re
 import shutil
 import sys
@@ -115,7 +116,8 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
     available = available_devices()
     if device == 'auto':
         device = available[0]
-        if device == 'cpu' and has_program('nvidia-smi'):
+        is_hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+        if device == 'cpu' and has_program('nvidia-smi') and not is_hidden:
             print('device: cpu, because PyTorch cannot use the NVIDIA GPU; '
                   'https://pytorch.org/get-started/locally has the command that installs CUDA',
                   file=sys.stderr)
@@ -130,7 +132,7 @@ def choose_device(device='auto', dtype='auto', compile='auto', training=True):
         raise UserError(f"dtype={dtype!r} must be 'auto', 'float32', 'bfloat16' or 'float16'")
 
     if compile == 'auto':
-        compile = training and device_type == 'cuda' and not missing_for_compile('cuda')
+        compile = training and device_type == 'cuda' and can_compile(device)
     if compile not in (True, False, 'reduce-overhead'):
         raise UserError(f"compile={compile!r} must be 'auto', True, False or 'reduce-overhead'")
     return device, dtype, compile
@@ -149,6 +151,12 @@ def default_dtype(device, training):
     if device == 'cpu' and has_bfloat16():
         return 'bfloat16'
     return 'float32'
+
+
+def can_compile(device):
+    """ Whether Triton supports this GPU and is installed. """
+    is_supported = torch.cuda.get_device_capability(device) >= (7, 0)
+    return is_supported and not missing_for_compile('cuda')
 
 
 def describe_compile(compile):

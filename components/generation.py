@@ -76,7 +76,8 @@ def next_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_s
             tokens[:, n] = decoder.next_token(numbers)
         else:
             unread = tokens[:, first + num_in_cache:n]
-            logits, _ = model(unread.clamp(min=0), cache=cache)             # (B, 1, vocab_size)
+            options = {'cache': cache} if cache else {}  # any forward(idx) can be sampled from
+            logits, _ = model(unread.clamp(min=0), **options)               # (B, 1, vocab_size)
             tokens[:, n] = sample_token(logits[:, -1].float(), numbers, **settings)
             raise_if_non_finite(tokens[:, n].min())
         yield tokens[:, n]

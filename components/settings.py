@@ -104,6 +104,7 @@ def check_train(settings, device_type, ddp, world_size):
     # torch restores the random numbers of dropout on other devices only
     require(not s.activation_checkpointing or s.dropout == 0 or device_type != 'mps',
             f'activation_checkpointing=True with dropout={s.dropout} is unsupported on MPS')
+    require(s.out_dir != '', "out_dir='' is not a folder; set --out_dir=out")
     require(not s.wandb_log or find_spec('wandb') is not None,
             'wandb_log=True requires wandb: pip install wandb')
 
@@ -132,6 +133,8 @@ def check_evaluation(s):
 
 def check_processes(s, device_type, ddp, world_size):
     check_micro_batches(s, world_size)
+    require(not ddp or s.backend == 'gloo' or device_type == 'cuda',
+            f'backend=nccl is not available on {device_type}; set --backend=auto')
     require(not ddp or device_type != 'mps',
             'several processes cannot share an Apple GPU; set --device=cpu')
     if device_type == 'cuda':
@@ -213,8 +216,8 @@ def check_sample(settings):
     require(not s.interactive or s.start == '\n',
             'interactive=True reads prompts from the terminal; omit --start')
     folder = os.path.dirname(s.out) or '.'
-    require(not s.out or os.access(folder, os.W_OK),
-            f'out={s.out}: its folder is missing or not writable')
+    require(not s.out or os.access(folder, os.W_OK) and not os.path.isdir(s.out),
+            f'out={s.out} is a folder, or its folder is missing or not writable')
 
 
 def check_bench(settings):

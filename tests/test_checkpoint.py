@@ -59,6 +59,17 @@ def saved(path, tiny):
     save_checkpoint(path, tiny, optimizers, iter_num=1, best_val_loss=2.5, config={'seed': 1})
     return read(path)
 
+def test_evaluations_without_a_new_best_are_counted():
+    """ Also if the iteration of the best one is unknown, as in nanoGPT's files. """
+    progress = Progress(iter_num=20, best_val_loss=0.5)
+    counts = []
+    for val_loss in (0.6, 0.6, math.nan, 0.4, 0.5):
+        progress.add_evaluation(val_loss)
+        progress.add_evaluation(val_loss)  # again, after a resume
+        counts.append(progress.num_evals_without_best)
+        progress.add_update(1.0, 100)
+    assert counts == [1, 2, 3, 0, 1]
+
 # -----------------------------------------------------------------------------
 # the format
 
