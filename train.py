@@ -181,7 +181,7 @@ def num_eval_windows(split):
     return (num_tokens - 1) // block_size if eval_iters == -1 else eval_iters * batch_size
 
 
-def seed_dropout(iter_num, index):
+def seed_micro_batch(iter_num, index):
     """ Makes torch's random numbers a function of the seed and the place of a micro-batch. """
     rng = np.random.default_rng((seed, DROPOUT, iter_num, index))
     torch.manual_seed(int(rng.integers(2**63)))
@@ -292,7 +292,7 @@ while True:
         X, Y = next(batches)
         if ddp:  # DDP exchanges gradients only after the last micro-batch
             model.require_backward_grad_sync = index == micro_batches[-1]
-        seed_dropout(iter_num, index)
+        seed_micro_batch(iter_num, index)
         with autocast:
             _, loss = model(X.to(device), Y.to(device), return_logits=False)
         loss = loss / gradient_accumulation_steps

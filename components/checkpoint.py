@@ -120,8 +120,7 @@ class Checkpoints:
         self.always_save = always_save
         self.saved_iter = progress.iter_num
         self.saved_best = (progress.best_val_loss, progress.best_val_iter)
-        has_checkpoint = self.best_path.exists() or self.last_path.exists()
-        self.replaces_earlier_run = has_checkpoint and not is_resumed
+        self.replaces_earlier_run = find_checkpoint(out_dir).exists() and not is_resumed
         self.error = ''
 
     def save(self, progress, model, optimizers, scaler, is_stopping=False, **fields):

@@ -97,9 +97,9 @@ class Log:
 
     def end_row(self, progress):
         """ Appends the row of this iteration to log.csv, if it has any columns. """
-        row = {'iter': progress.iter_num, 'tokens': progress.tokens, 'seconds': progress.seconds,
-               **self.row}
         if self.row and self.path is not None:
+            row = {'iter': progress.iter_num, 'tokens': progress.tokens,
+                   'seconds': progress.seconds, **self.row}
             for name, value in row.items():
                 if isinstance(value, float):
                     row[name] = f'{value:.6g}'

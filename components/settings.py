@@ -216,8 +216,9 @@ def check_sample(settings):
     require(not s.interactive or s.start == '\n',
             'interactive=True reads prompts from the terminal; omit --start')
     folder = os.path.dirname(s.out) or '.'
-    require(not s.out or os.access(folder, os.W_OK) and not os.path.isdir(s.out),
-            f'out={s.out} is a folder, or its folder is missing or not writable')
+    require(not os.path.isdir(s.out), f'out={s.out} is a folder')
+    require(not s.out or os.access(folder, os.W_OK),
+            f'out={s.out}: its folder is missing or not writable')
 
 
 def check_bench(settings):
