@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from components.checkpoint import find_checkpoint, load_checkpoint, load_weights, map_values
-from components.distributed import broadcast, broadcast_tensor, is_first_process
+from components.distributed import broadcast, is_first_process
 from components.errors import UserError
 from components.huggingface import GPT2_NAMES
 from components.settings import model_config
@@ -109,11 +109,22 @@ def load_model(location, dropout=None, mmap=False):
     return model, checkpoint
 
 
-def load_model_everywhere(location, dropout):
+def new_model(config, fsdp=False):
+    """
+    A GPT with new weights. With fsdp these exist in the first process alone, and in the others the
+    model is on the meta device: distributed.parallelize() gives each process its part.
+    """
+    if fsdp and not is_first_process():
+        with torch.device('meta'):
+            return GPT(config)
+    return GPT(config)
+
+
+def load_model_everywhere(location, dropout, fsdp):
     """
     load_model() for a job of several processes, of which the first alone needs the files: the
-    others receive the weights, and the checkpoint with meta tensors for its larger tensors
-    (distributed.broadcast_tensor() gets these).
+    others get a new model, to which distributed.parallelize() copies the weights, and the
+    checkpoint with meta tensors for its larger tensors (distributed.broadcast_tensor() gets these).
     """
     model = None
     checkpoint = None
@@ -122,12 +133,9 @@ def load_model_everywhere(location, dropout):
         model, checkpoint = load_model(location, dropout)
         config = model.config
     config, outline = broadcast((config, map_values(without_data, checkpoint)))
-    if not is_first_process():
-        model = GPT(config)
-        checkpoint = outline
-    for p in model.parameters():
-        p.data = broadcast_tensor(p.data)
-    return model, checkpoint
+    if is_first_process():
+        return model, checkpoint
+    return new_model(config, fsdp), outline
 
 
 def without_data(value):
