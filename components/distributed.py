@@ -204,20 +204,26 @@ def shard(model, device, dtype):
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    whole = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     mesh = init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if dtype == 'bfloat16' and device.startswith('cuda'):
         # gathering takes half the time; autocast casts to bfloat16 anyway, except weights of norms
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
+        receive_weights(block)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    receive_weights(model)
     fully_shard(model, mesh=mesh)  # the rest, in float32: embeddings, the last norm and lm_head
-    if not is_first_process():
-        model.to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensor.copy_(shard_like(broadcast_tensor(whole[name]), tensor))
+
+
+def receive_weights(module):
+    """ Replaces meta tensors of a module, in place, by those of the first process. """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if is_sharded(tensor):
+            continue
+        received = broadcast_tensor(tensor.detach())
+        if tensor.is_meta:
+            torch.utils.swap_tensors(tensor, type(tensor)(received))  # also where it is tied
 
 
 def is_sharded(tensor):
