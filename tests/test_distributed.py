@@ -63,8 +63,8 @@ device.measure_peak = lambda device_type, dtype: 1e9
 forward = DDP.forward
 
 def watched_forward(self, *args, **settings):
-    assert self.training, 'processes may have different numbers of evaluation batches'
-    print(f'exchanges: {self.require_backward_grad_sync}\\n', end='', flush=True)
+    if self.training:
+        print(f'exchanges: {self.require_backward_grad_sync}\\n', end='', flush=True)
     return forward(self, *args, **settings)
 
 def fail(*args, **settings):
