@@ -55,8 +55,9 @@ def init_process_group(backend, rank, world_size, dtype):
     Joins the other processes of the job, if torchrun started this one. With NCCL, it has to have
     selected its GPU.
 
-    Raises UserError if variables of torchrun are missing, and if this machine selected another
-    `dtype` than the first one: float16 gradients are scaled, and their sum with others is wrong.
+    Raises UserError if variables of torchrun are missing, if two processes have the same GPU with
+    NCCL, and if this machine selected another `dtype` than the first one: float16 gradients are
+    scaled, and their sum with others is wrong.
 
     Returns a Job.
     """
@@ -80,6 +81,11 @@ def init_process_group(backend, rank, world_size, dtype):
     gpu = None
     if backend == 'nccl':  # otherwise NCCL guesses the GPU from the rank
         gpu = torch.device('cuda', torch.cuda.current_device())
+        uuid = torch.cuda.get_device_properties(gpu).uuid
+        owner = store.compare_set(f'GPU {uuid}', '', str(rank)).decode()
+        if owner != str(rank):
+            raise UserError(f'processes {owner} and {rank} have the same GPU, which NCCL refuses; '
+                            'start a process for each GPU, or set --backend=gloo')
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=TIMEOUT, device_id=gpu)
     return Job(name, restart_count != '0')

@@ -22,8 +22,7 @@ def watchdog(monkeypatch):
     monkeypatch.setattr(os, '_exit', end)
     monkeypatch.setenv('RANK', '3')
     progress = SimpleNamespace(iter_num=20)
-    watchdog = Watchdog(progress, SimpleNamespace(first_iter=20, is_paused=False))
-    return watchdog
+    return Watchdog(progress, SimpleNamespace(first_iter=20, is_paused=False))
 
 
 def count(watchdog, most=10_000):
@@ -56,7 +55,8 @@ def test_seconds_of_an_iteration(watchdog, capfd, slowest, has_signal, expected)
     error = capfd.readouterr().err
     assert error.count('\n') == (expected < math.inf)
     if expected < math.inf:
-        assert f'process 3: iteration {watchdog.iter_num} has not ended in {expected + 1} s' in error
+        iteration = f'process 3: iteration {watchdog.iter_num} '
+        assert f'{iteration}has not ended in {expected + 1} s' in error
 
 
 def test_evaluations_and_saves_do_not_count(watchdog):
