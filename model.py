@@ -209,6 +209,8 @@ class GPT(nn.Module):
     def hidden_states(self, idx, positions, cache=None):
         """ Token ids (B, T) at positions (T,), a cache for each block -> (B, T, C) for lm_head. """
         mask = self.attention_mask(positions, cache)
+        if cache and cache[0].is_static:
+            mask = cache[0].float_mask(mask)
         x = self.transformer.wte(idx)                                       # (B, T, C)
         rope = None
         if self.config.rotary:

@@ -151,6 +151,12 @@ class StaticKVCache:
         """ The number of keys after T more tokens, those of later tokens included. """
         return self.k.shape[2]
 
+    def float_mask(self, mask):
+        """ The numbers that a bool mask adds to scores. Otherwise each layer converts it again. """
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.where(mask, 0.0, -torch.inf).to(self.k.dtype)
+
     def load(self, cache):
         """ Copies a KVCache. """
         n = cache.length

@@ -11,6 +11,7 @@ from test_generation import ARCHITECTURES, LetterTokenizer, greedy, make_gpt
 from test_sample import write_checkpoint
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from components import functional
 from components.device import has_fbgemm
 from components.errors import UserError
 from components.generation import complete, next_tokens
@@ -88,6 +89,25 @@ def test_weights_in_fewer_bits(dtype, int8):
     prompts = [[3, 1, 4], [1, 5, 9]]
     out = sample(model, prompts, 40, temperature=0, decoder=StaticDecoder(model))
     assert torch.equal(out, sample(model, prompts, 40, temperature=0))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_mask_is_converted_once_a_token(monkeypatch, dtype):
+    """ All layers get the same numbers, in the dtype of their queries. """
+    model = make_gpt(block_size=64).to(dtype)
+    attend = functional.scaled_dot_product_attention
+    masks = []
+
+    def watch(query, key, value, mask, *args):
+        if mask is not None:
+            assert mask.dtype == query.dtype == dtype
+            masks.append(mask)
+        return attend(query, key, value, mask, *args)
+
+    monkeypatch.setattr(functional, 'scaled_dot_product_attention', watch)
+    sample(model, [[3, 1, 4]], 4, decoder=StaticDecoder(model))
+    assert len({id(mask) for mask in masks}) == 3
+    assert len(masks) == 3 * model.config.n_layer > 3
 
 # -----------------------------------------------------------------------------
 # one decoder for all batches
