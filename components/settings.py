@@ -188,8 +188,8 @@ def check_fit(model, location, checkpoint, data, vocab_size, spec, settings):
     if own_spec and spec:
         tokenizer = 'gpt2' if own_spec['kind'] == 'gpt2' else shlex.quote(location.name)
         require(has_tokens_of(own_spec, spec),
-                f'dataset={dataset} has other tokens than {location.name}; prepare text for it with'
-                f' data/custom/prepare.py --source=FILE --name=NAME --tokenizer={tokenizer}')
+                f'dataset={dataset} has other tokens than {location.name}; prepare text for it: '
+                f'python data/custom/prepare.py --source=FILE --name=NAME --tokenizer={tokenizer}')
     num_needed = max(largest_id(ids) + 1 for ids in data.values())
     # GPT-2's models differ in padding, others may lack special tokens that are in no text
     if spec != {'kind': 'gpt2'} and location.kind != 'huggingface':
