@@ -86,8 +86,8 @@ class Log:
                 project=config['wandb_project'], name=config['wandb_run_name'] or None,
                 config=config, resume='allow', id=run_id)
         except wandb.errors.Error as error:
-            raise UserError(f'wandb: {error} Run `wandb login` once, or record the run here with '
-                            'WANDB_MODE=offline before the command') from None
+            raise UserError(f'wandb: {error}; run `wandb login` once, or put WANDB_MODE=offline '
+                            'before the command, which records the run here') from None
         self.wandb.define_metric('*', step_metric='iter')
         if tokenizer is None or config['fsdp']:  # this process cannot sample without the others
             return
