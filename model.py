@@ -191,12 +191,10 @@ class GPT(nn.Module):
         end = start + idx.shape[1]
         if end > self.config.block_size:
             raise ValueError(f'{end} tokens are more than block_size={self.config.block_size}')
-
         positions = torch.arange(start, end, device=idx.device)             # (T,)
         x = self.hidden_states(idx, positions, cache)                       # (B, T, C)
         if targets is None:
             return self.logits(x[:, -1:]), None                             # (B, 1, vocab_size)
-
         logits = self.logits(x) if return_logits else None                  # (B, T, vocab_size)
         return logits, self.loss(x, targets)
 

@@ -26,6 +26,7 @@ from components.errors import install_excepthook, one_line_errors
 from components.log import Log
 from components.pretrained import find_model_of_job, load_model_everywhere, new_model
 from components.stopping import StopConditions
+from components.watchdog import Watchdog
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -249,8 +250,10 @@ if ddp and not eval_only:
 flops_of_process = tokens_per_iter * raw_model.flops_per_token(block_size) / world_size
 clock = Clock(progress, device_type, dtype, flops_of_process)
 stop = StopConditions(device, scaler, max_skipped_steps)
+watchdog = Watchdog(progress, clock)
 if not eval_only:
     stop.listen()  # from here on, a signal ends the run after an iteration and a save
+    watchdog.start()
 
 while True:
     # 1. set the learning rate
@@ -320,6 +323,7 @@ while True:
     progress.add_update(loss, tokens_per_iter)
     iter_num = progress.iter_num
 
+watchdog.stop()
 if eval_only:
     print_master(summary.perplexity_and_bits_per_byte(val_loss, tokenizer, data[eval_split]))
 else:

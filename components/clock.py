@@ -23,6 +23,7 @@ class Clock:
 
     Attributes:
         first_iter: of this process
+        is_paused: whether training waits for an evaluation or a save
         mfu: the running mean of the MFU, from 0 to 1; -1.0 for the first iterations
     """
 
@@ -33,6 +34,7 @@ class Clock:
         self.peak, _ = peak_flops(device_type, dtype)
         self.mfu = -1.0
         self.first_iter = progress.iter_num
+        self.is_paused = False
         self.last_iter = progress.iter_num  # of the last call of seconds_per_iter()
         self.last_seconds = progress.seconds
         self.start = time.perf_counter()
@@ -47,10 +49,12 @@ class Clock:
     @contextmanager
     def paused(self):
         """ Does not count the time of the block. """
+        self.is_paused = True
         synchronize(self.device_type)
         self.update()
         yield
         self.now = time.perf_counter()
+        self.is_paused = False
 
     def seconds_per_iter(self, num_iters):
         """

@@ -55,8 +55,9 @@ def init_process_group(backend, rank, world_size, dtype):
     Joins the other processes of the job, if torchrun started this one. With NCCL, it has to have
     selected its GPU.
 
-    Raises UserError if variables of torchrun are missing, and if this machine selected another
-    `dtype` than the first one: float16 gradients are scaled, and their sum with others is wrong.
+    Raises UserError if variables of torchrun are missing, if two processes have the same GPU with
+    NCCL, and if this machine selected another `dtype` than the first one: float16 gradients are
+    scaled, and their sum with others is wrong.
 
     Returns a Job.
     """
@@ -80,6 +81,11 @@ def init_process_group(backend, rank, world_size, dtype):
     gpu = None
     if backend == 'nccl':  # otherwise NCCL guesses the GPU from the rank
         gpu = torch.device('cuda', torch.cuda.current_device())
+        uuid = torch.cuda.get_device_properties(gpu).uuid
+        owner = store.compare_set(f'GPU {uuid}', '', str(rank)).decode()
+        if owner != str(rank):
+            raise UserError(f'processes {owner} and {rank} have the same GPU, which NCCL refuses; '
+                            'start a process for each GPU, or set --backend=gloo')
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=TIMEOUT, device_id=gpu)
     return Job(name, restart_count != '0')
@@ -204,20 +210,26 @@ def shard(model, device, dtype):
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    whole = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     mesh = init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if dtype == 'bfloat16' and device.startswith('cuda'):
         # gathering takes half the time; autocast casts to bfloat16 anyway, except weights of norms
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
+        receive_weights(block)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    receive_weights(model)
     fully_shard(model, mesh=mesh)  # the rest, in float32: embeddings, the last norm and lm_head
-    if not is_first_process():
-        model.to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensor.copy_(shard_like(broadcast_tensor(whole[name]), tensor))
+
+
+def receive_weights(module):
+    """ Replaces meta tensors of a module, in place, by those of the first process. """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if is_sharded(tensor):
+            continue
+        received = broadcast_tensor(tensor.detach())
+        if tensor.is_meta:
+            torch.utils.swap_tensors(tensor, type(tensor)(received))  # also where it is tied
 
 
 def is_sharded(tensor):

@@ -41,6 +41,11 @@ def is_out_of_memory(error):
     return 'DefaultCPUAllocator' in str(error)  # torch raises a plain RuntimeError
 
 
+def is_lost_connection(error):
+    """ Whether Gloo has lost another process. It raises a plain RuntimeError. """
+    return 'gloo/transport' in str(error)
+
+
 def how_to_save_memory(settings):
     """ For messages: the flags of a smaller micro-batch, or what else to lower. """
     batch_size = settings['batch_size']
@@ -55,8 +60,8 @@ def how_to_save_memory(settings):
 
 def install_excepthook(settings, ddp):
     """
-    Reports memory that ran out in one line, with the flags that need less. Other errors keep their
-    traceback. Also lets Ctrl-C end the script at once, without a traceback.
+    Reports memory that ran out, and another process that has ended, in one line. Other errors keep
+    their traceback. Also lets Ctrl-C end the script at once, without a traceback.
 
     Args:
         settings: dict of the script's settings
@@ -67,6 +72,10 @@ def install_excepthook(settings, ddp):
         if is_out_of_memory(error):
             text = ' '.join(str(error).split())[:100]
             print(f'{script_name()}: out of memory ({text}); {how_to_save_memory(settings)}',
+                  file=sys.__stderr__, flush=True)
+        elif is_lost_connection(error):
+            print(f'{script_name()}: process {os.environ["RANK"]}: another process has '
+                  'ended or hangs',
                   file=sys.__stderr__, flush=True)
         else:
             traceback.print_exception(kind, error, trace, file=sys.__stderr__)

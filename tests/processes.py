@@ -1,7 +1,9 @@
 """ train.py in the background, and code that scripts run before their own. """
+import os
 import signal
 import subprocess
 import sys
+import time
 
 from conftest import ROOT, SMALL, environment, flags, fork_server
 
@@ -56,3 +58,45 @@ def run_first(code, folder, monkeypatch):
     path = f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n'
     (site / 'sitecustomize.py').write_text(path + code)
     monkeypatch.setenv('PYTHONPATH', str(site))
+
+
+SHORT_WATCH = """
+import time
+from components import watchdog
+from components.checkpoint import Checkpoints
+watchdog.SECONDS_PER_ITER = 2
+write = Checkpoints.write
+
+def write_slowly(*args):
+    time.sleep(4)
+    write(*args)
+
+Checkpoints.write = write_slowly
+"""
+
+
+def restart_after_a_stopped_process(tmp_path, dataset, monkeypatch, **settings):
+    """
+    Stops one of two processes, as if it hung. A save takes longer than an iteration may, and ends
+    nothing; the process that hangs ends the other one, and torchrun starts both again.
+    """
+    run_first(SHORT_WATCH, tmp_path, monkeypatch)
+    process = start_training(tmp_path, dataset, ['--nproc_per_node=2', '--max-restarts=1'],
+                             gradient_accumulation_steps=2, checkpoint_interval=20,
+                             **LONG, **settings)
+    try:
+        read_until(process, 'iter 20:')
+        first, stopped = worker_pids(process)
+        os.kill(stopped, signal.SIGSTOP)
+        deadline = time.monotonic() + 60
+        while first in worker_pids(process):
+            assert time.monotonic() < deadline, 'the other process still waits'
+            time.sleep(0.1)
+        os.kill(stopped, signal.SIGKILL)  # as torchrun does after 30 seconds
+        read_until(process, 'resuming out/ckpt_last.pt at iteration 20')
+    finally:
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    lines = [line for line in error.splitlines() if 'has not ended in' in line]
+    assert len(lines) == 1
+    assert 'process 0: iteration 2' in lines[0]

@@ -1,6 +1,6 @@
 """
-torch.compile: the model and its loss are one graph, which is compiled once for training and once
-for evaluation. (The variants of bench.py are in test_bench.py.)
+torch.compile: all blocks share a graph, lm_head and the loss are another, and each is compiled once
+for training and once for evaluation. (The variants of bench.py are in test_bench.py.)
 """
 import re
 import subprocess
@@ -15,18 +15,21 @@ from torch._dynamo.utils import counters
 
 from components import functional
 from components import settings as settings_module
-from components.device import missing_for_compile
+from components.device import compile_model, missing_for_compile
 from model import GPT, GPTConfig
 
 SIZES = dict(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, bias=False)
 
 
 @pytest.fixture
-def graphs():
-    """ The graphs that `graphs.backend` has compiled, for its torch.compile(backend=...). """
+def graphs(monkeypatch):
+    """ The graphs that torch.compile compiles from here on. """
     torch._dynamo.reset()
     counters.clear()
-    yield Graphs()
+    graphs = Graphs()
+    compile = partial(torch.compile, backend=graphs.backend, fullgraph=True)
+    monkeypatch.setattr(torch, 'compile', compile)
+    yield graphs
     torch._dynamo.reset()
 
 
@@ -44,12 +47,11 @@ def new_batch(seed):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def train_and_evaluate(args, dtype, compile=lambda model: model):
+def train_and_evaluate(args, dtype, compile):
     """ Alternates training and evaluation of a new model; yields the loss after each. """
     torch.manual_seed(0)
-    raw_model = GPT(GPTConfig(**{**SIZES, **args}))
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=1e-2)
-    model = compile(raw_model)
+    model = compile_model(GPT(GPTConfig(**{**SIZES, **args})), compile)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(1)  # of dropout
     for step in range(8):
         training = step % 4 < 2
@@ -71,18 +73,19 @@ def train_and_evaluate(args, dtype, compile=lambda model: model):
     pytest.param(FAST_MODEL, 'bfloat16', 1e-2, id='fast'),
     pytest.param(dict(dropout=0.1), 'bfloat16', 1e-2, id='dropout'),
 ])
-def test_one_graph_to_train_and_one_to_evaluate(args, dtype, tolerance, graphs, monkeypatch):
+def test_two_graphs_to_train_and_two_to_evaluate(args, dtype, tolerance, graphs, monkeypatch):
+    """ For any number of blocks: that of a block, and that of lm_head and the loss. """
     # the same random numbers with torch.compile and without
     monkeypatch.setattr(functional, 'dropout', F.dropout)
-    expected = list(train_and_evaluate(args, dtype))
-    compile = partial(torch.compile, backend=graphs.backend, fullgraph=True)
+    args = dict(args, n_layer=3)
+    expected = list(train_and_evaluate(args, dtype, compile=False))
     losses = []
     num_graphs = []
-    for loss in train_and_evaluate(args, dtype, compile):
+    for loss in train_and_evaluate(args, dtype, compile=True):
         losses.append(loss)
         num_graphs.append(len(graphs))
     assert losses == pytest.approx(expected, abs=tolerance)
-    assert num_graphs == [1, 2, 2, 2]
+    assert num_graphs == [2, 4, 4, 4]
 
 
 @pytest.mark.slow
@@ -92,11 +95,11 @@ def test_graph_of_the_loss(graphs, monkeypatch):
     would get zeros of their size.
     """
     monkeypatch.setattr(functional, 'MAX_LOGITS', 100)
-    compiled = torch.compile(GPT(GPTConfig(**SIZES)), backend=graphs.backend, fullgraph=True)
-    compiled(*new_batch(0), return_logits=False)
-    losses = graphs[0].graph.find_nodes(op='call_function', target=F.cross_entropy)
+    model = compile_model(GPT(GPTConfig(**SIZES)), True)
+    model(*new_batch(0), return_logits=False)
+    losses = graphs[1].graph.find_nodes(op='call_function', target=F.cross_entropy)
     assert len(losses) == 1
-    output, = graphs[0].graph.find_nodes(op='output')
+    output, = graphs[1].graph.find_nodes(op='output')
     shapes = [node.meta['example_value'].shape for node in output.args[0]]
     assert shapes == [()]
 
@@ -106,13 +109,12 @@ def test_graph_of_the_loss(graphs, monkeypatch):
     pytest.param(dict(eval_iters=-1), id='default'),
     pytest.param(dict(dropout=0.1, dtype='bfloat16', muon_lr=0.02, **FAST_MODEL), id='fast'),
 ])
-def test_training_run_compiles_two_graphs(settings, graphs, script_globals, dataset, monkeypatch):
+def test_training_run_compiles_four_graphs(settings, graphs, script_globals, dataset, monkeypatch):
     """ With evaluations, and with accumulated gradients. """
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=graphs.backend))
     monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
     script_globals('train.py', **{**SMALL, 'compile': True, 'max_iters': 6, 'eval_interval': 2,
                                   'gradient_accumulation_steps': 2, 'dataset': dataset, **settings})
-    assert len(graphs) == 2
+    assert len(graphs) == 4
     assert not counters['graph_break']
 
 
@@ -128,5 +130,5 @@ def test_training_run_with_code_generation(tmp_path, dataset):
     assert done.returncode == 0, done.stderr
     assert 'iter 5: loss' in done.stdout
     recompiles = re.findall(r'Recompiling function (\w+)', done.stderr)
-    assert recompiles == ['forward'], done.stderr
+    assert recompiles == ['forward', 'loss'], done.stderr
     assert 'Graph break' not in done.stderr

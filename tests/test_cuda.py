@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from conftest import FAST, SMALL, run, train
 from kill_and_resume import differences
-from processes import run_first, start_training
+from processes import restart_after_a_stopped_process, run_first, start_training
 
 from components.checkpoint import load_checkpoint
 from components.device import missing_for_compile
@@ -192,12 +192,17 @@ def test_two_processes_share_a_device(tmp_path, dataset, reference, name):
     assert_equal_runs(ended, reference(name))
 
 
+needs_nccl = pytest.mark.skipif(not dist.is_nccl_available(), reason='requires NCCL')
+
+
 @needs_gpu
-@pytest.mark.skipif(not dist.is_nccl_available(), reason='requires NCCL')
-def test_torchrun_with_nccl(tmp_path, dataset, reference):
-    """ Compiled, so that DDP wraps a compiled model. """
+@needs_nccl
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_torchrun_with_nccl(tmp_path, dataset, reference, monkeypatch, fsdp):
+    """ Compiled, so that DDP or FSDP has a compiled model. """
+    run_first(NO_RECOMPILATION, tmp_path, monkeypatch)
     process = start_training(tmp_path, dataset, torchrun=['--nproc_per_node=1'], device='cuda',
-                             dtype='bfloat16', compile=True, **GPT2)
+                             dtype='bfloat16', compile=True, fsdp=fsdp, **GPT2)
     try:
         out, error = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
@@ -208,6 +213,39 @@ def test_torchrun_with_nccl(tmp_path, dataset, reference):
     expected_losses, _, _ = reference('gpt2')
     assert losses == pytest.approx(list(expected_losses.values()), abs=TOLERANCE)
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')['config']['backend'] == 'nccl'
+
+
+
+@needs_gpu
+@needs_nccl
+def test_two_processes_with_one_gpu(tmp_path, dataset, monkeypatch):
+    """ NCCL refuses this, too, in many lines. """
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    process = start_training(tmp_path, dataset, torchrun=['--nproc_per_node=2'], device='cuda',
+                             backend='nccl', **GPT2)
+    _, error = process.communicate(timeout=300)
+    assert error.count('have the same GPU') == 1
+
+
+@needs_nccl
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='requires two CUDA GPUs')
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_restart_after_a_process_was_stopped(tmp_path, dataset, monkeypatch, fsdp):
+    """ The other one waits in a collective of NCCL. """
+    restart_after_a_stopped_process(tmp_path, dataset, monkeypatch, device='cuda', fsdp=fsdp)
+
+
+@needs_nccl
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='requires two CUDA GPUs')
+def test_fsdp_begins_with_the_weights_of_one_process(tmp_path, dataset):
+    settings = dict(GPT2, device='cuda', learning_rate=0.0, decay_lr=False, max_iters=1)
+    train(tmp_path, dataset, **settings)
+    process = start_training(tmp_path, dataset, torchrun=['--nproc_per_node=2'], fsdp=True,
+                             **{**settings, 'out_dir': 'two'})
+    process.communicate(timeout=300)
+    weights = load_checkpoint(tmp_path / 'two/ckpt.pt')['model']
+    expected = load_checkpoint(tmp_path / 'out/ckpt.pt')['model']
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 # -----------------------------------------------------------------------------
 # no synchronization

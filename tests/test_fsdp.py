@@ -81,6 +81,54 @@ def test_bfloat16(tmp_path, dataset):
     float32 = train(tmp_path, dataset, **GPT2, fsdp=True, processes=2)
     assert parts[0] != pytest.approx(float32[0], abs=PRINTED_DIGITS)
 
+
+
+@pytest.mark.parametrize('settings', [GPT2, FAST_SETTINGS], ids=['gpt2', 'fast'])
+def test_initial_weights_are_those_of_one_process(tmp_path, dataset, settings):
+    """ Bit for bit, also of a model that is fine-tuned. Updates with a learning rate of 0. """
+    settings = dict(settings, learning_rate=0.0, muon_lr=0.0, decay_lr=False, max_iters=1)
+    train(tmp_path, dataset, **settings, out_dir='one')
+    init_from = tmp_path / 'one/ckpt.pt'
+    for name, options in {
+        'two': dict(processes=2, fsdp=True),
+        'four': dict(processes=4, fsdp=True),
+        'fine-tuned': dict(processes=2, fsdp=True, init_from=init_from),
+        'DDP': dict(processes=2),
+        'fine-tuned with DDP': dict(processes=2, init_from=init_from),
+    }.items():
+        train(tmp_path, dataset, **settings, **options, out_dir=name)
+        weights = load_checkpoint(tmp_path / name / 'ckpt.pt')['model']
+        torch.testing.assert_close(weights, load_checkpoint(init_from)['model'], rtol=0, atol=0)
+
+
+COUNT_GRAPHS = """
+import os
+import torch
+from torch._dynamo.utils import counters
+from components import distributed, settings
+compile = torch.compile
+shut_down = distributed.shut_down
+
+def shut_down_and_count(exit_code):
+    if os.environ['RANK'] == '1':
+        print('graphs:', counters['stats']['unique_graphs'], dict(counters['graph_break']))
+    shut_down(exit_code)
+
+torch.compile = lambda model: compile(model, backend='aot_eager')
+settings.missing_for_compile = lambda device_type: ''  # that backend requires no compiler
+distributed.shut_down = shut_down_and_count
+"""
+
+
+def test_compiled(tmp_path, dataset, monkeypatch):
+    """ Whole blocks, and lm_head with the loss: each once to train and once to evaluate. """
+    settings = dict(FAST_SETTINGS, fsdp=True, processes=2, dropout=0.0)
+    expected = train(tmp_path, dataset, **settings)
+    run_first(COUNT_GRAPHS, tmp_path, monkeypatch)
+    compiled = train(tmp_path, dataset, **settings, compile=True)
+    assert_equal_runs(compiled, expected)
+    assert 'graphs: 4 {}\n' in compiled[2]
+
 # -----------------------------------------------------------------------------
 # memory
 
