@@ -175,6 +175,6 @@ def load_tokenizer_spec(location, model, checkpoint, required=True):
     # without meta.pkl a dataset is assumed to be in GPT-2's tokens, but the file may be deleted
     is_mistaken = spec == {'kind': 'gpt2'} and vocab_size < GPT2_VOCAB_SIZES.start
     if is_missing or is_mistaken:
-        raise UserError(f'{message}, and the meta.pkl of dataset={dataset} has no itos with a text '
-                        'for each id; run its prepare.py')
+        raise UserError(f'{message}, and dataset={dataset} has no meta.pkl with a text for each id '
+                        '(itos); run its prepare.py')
     return spec

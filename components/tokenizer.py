@@ -136,9 +136,9 @@ def hf_spec(name):
     except Exception as error:  # damaged files raise any exception
         reason = str(error).partition('\n')[0]
         raise UserError(
-            f'{name}: no tokenizer that tokenizer.json can hold ({reason:.200}); add that file '
-            '(transformers converts a sentencepiece model whose tokenizer_class is named in '
-            'tokenizer_config.json, after pip install sentencepiece)') from None
+            f'{name}: no tokenizer that tokenizer.json can hold ({reason:.200}); add that file (to '
+            'read a spiece.model: pip install sentencepiece, and name its class in '
+            'tokenizer_config.json)') from None
     vocabulary = backend.get_vocab()
     for token in (tokenizer.eos_token, *END_TOKENS):
         if token in vocabulary:
@@ -178,8 +178,7 @@ def tokens_of(spec):
     if spec['kind'] == 'char':
         return {character: i for i, character in enumerate(spec['itos'])}
     vocabulary = get_tokenizer(spec).tokenizer.get_vocab()
-    is_gpt2 = GPT2_TOKENS.items() <= vocabulary.items()
-    return GPT2_TOKENS if is_gpt2 else vocabulary
+    return GPT2_TOKENS if GPT2_TOKENS.items() <= vocabulary.items() else vocabulary
 
 
 def has_tokens_of(spec, other):
@@ -191,10 +190,7 @@ def has_tokens_of(spec, other):
 
 
 class _PlainDataUnpickler(pickle.Unpickler):
-    """
-    Refuses every class and function but those of an OrderedDict and of NumPy numbers, so that
-    loading a file cannot run code.
-    """
+    """ Refuses classes and functions but PLAIN_DATA, so that loading a file cannot run code. """
 
     def find_class(self, module, name):
         module = module.replace('numpy.core', 'numpy._core')  # the name before NumPy 2
@@ -255,11 +251,9 @@ def tokenizer_spec(meta):
     spec = meta.get('tokenizer')
     if isinstance(spec, dict) and spec.get('kind') == 'hf':
         return spec
-    itos = meta.get('itos')  # a list, or a dict
+    itos = meta.get('itos') or None  # a list, or a dict
     try:
-        characters = [itos[i] for i in range(len(itos))]
-    except (KeyError, TypeError):  # ids with gaps, or no itos
+        ''.join(itos[i] for i in range(len(itos)))
+    except (KeyError, TypeError):  # ids with gaps, something other than text, or no itos
         return None
-    if not characters or not all(isinstance(character, str) for character in characters):
-        return None
-    return {'kind': 'char', 'itos': [str(character) for character in characters]}
+    return {'kind': 'char', 'itos': [str(itos[i]) for i in range(len(itos))]}

@@ -242,7 +242,7 @@ def test_wandb_cannot_start(make_log, wandb_run, monkeypatch, error):
     def init(**arguments):
         raise getattr(wandb.errors, error)('No API key configured.')
     monkeypatch.setattr(wandb, 'init', init)
-    with pytest.raises(UserError, match='No API key configured.; .*wandb login.*WANDB_MODE=offline'):
+    with pytest.raises(UserError, match='key configured.; .*wandb login.*WANDB_MODE=offline'):
         make_log(wandb_log=True)
 
 

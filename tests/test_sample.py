@@ -181,7 +181,7 @@ def test_user_errors(sample, settings, message):
 
 @pytest.mark.parametrize('tokenizer, message', [
     ({'kind': 'char', 'itos': CHARACTERS + ['€', '£', '¥']}, 'token .*, .* only .* tokens'),
-    (None, 'meta.pkl of dataset=nowhere'),
+    (None, 'dataset=nowhere has no meta.pkl'),
 ])
 def test_tokenizer_that_does_not_fit(tmp_path, sample, tokenizer, message):
     write_checkpoint(tmp_path, tokenizer=tokenizer)
