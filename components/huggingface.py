@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from components.errors import UserError
-from components.tokenizer import has_tokenizer, hf_spec
+from components.tokenizer import GPT2_VOCAB_SIZES, has_tokenizer, hf_spec
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-GPT2_VOCAB_SIZES = range(50257, 50304 + 1)  # GPT-2's, and padded to a multiple of 64
 GELU_FORMS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
 CONV1D_WEIGHTS = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
 

@@ -11,9 +11,9 @@ import torch
 from components.checkpoint import find_checkpoint, load_checkpoint, load_weights, map_values
 from components.distributed import broadcast, is_first_process
 from components.errors import UserError
-from components.huggingface import GPT2_NAMES, GPT2_VOCAB_SIZES, load_gpt2_spec
+from components.huggingface import GPT2_NAMES, load_gpt2_spec
 from components.settings import model_config
-from components.tokenizer import load_meta, tokenizer_spec
+from components.tokenizer import load_meta, spec_of_checkpoint
 from model import GPT
 
 
@@ -168,13 +168,9 @@ def load_tokenizer_spec(location, model, checkpoint, required=True):
         return spec
 
     dataset = checkpoint.get('config', {}).get('dataset', '')
-    spec = checkpoint.get('tokenizer')
-    if spec is None:
-        spec = tokenizer_spec(load_meta(dataset))
-    is_missing = required and spec is None
-    # without meta.pkl a dataset is assumed to be in GPT-2's tokens, but the file may be deleted
-    is_mistaken = spec == {'kind': 'gpt2'} and vocab_size < GPT2_VOCAB_SIZES.start
-    if is_missing or is_mistaken:
+    spec = spec_of_checkpoint(checkpoint, vocab_size)
+    is_gone = spec is None and load_meta(dataset) is None
+    if is_gone or (required and spec is None):
         raise UserError(f'{message}, and dataset={dataset} has no meta.pkl with a text for each id '
                         '(itos); run its prepare.py')
     return spec

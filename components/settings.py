@@ -18,7 +18,7 @@ from components.device import has_fbgemm, missing_for_compile
 from components.distributed import is_first_process
 from components.errors import UserError
 from components.huggingface import load_gpt2_spec
-from components.tokenizer import has_tokens_of
+from components.tokenizer import has_tokens_of, spec_of_checkpoint
 from model import GPTConfig
 
 # of all scripts: the lowest value, and what a value has to be below
@@ -182,7 +182,7 @@ def check_fit(model, location, checkpoint, data, vocab_size, spec, settings):
     block_size = settings['block_size']
     own_spec = None  # of the model's tokenizer, if it is known
     if checkpoint is not None:
-        own_spec = checkpoint.get('tokenizer')
+        own_spec = spec_of_checkpoint(checkpoint, model.config.vocab_size)
     elif location.kind == 'huggingface' and is_first_process():  # the others may lack its files
         own_spec = load_gpt2_spec(location.name, model.config.vocab_size)
     if own_spec and spec:

@@ -24,6 +24,7 @@ from components.errors import UserError
 DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
 MAX_VOCAB_SIZE = 2**16  # bins store token ids as uint16
 END_TOKENS = ('<|endoftext|>', '</s>', '<eos>', '[EOS]', '[SEP]')  # of tokenizers that name none
+GPT2_VOCAB_SIZES = range(50257, 50304 + 1)  # GPT-2's, and padded to a multiple of 64
 GPT2_TOKENS = {'\u0120the': 262, '<|endoftext|>': 50256}  # enough to tell them from others
 
 # -----------------------------------------------------------------------------
@@ -257,3 +258,16 @@ def tokenizer_spec(meta):
     except (KeyError, TypeError):  # ids with gaps, something other than text, or no itos
         return None
     return {'kind': 'char', 'itos': [str(itos[i]) for i in range(len(itos))]}
+
+
+def spec_of_checkpoint(checkpoint, vocab_size):
+    """
+    The spec of the tokenizer of a checkpoint, whose model has so many embeddings. nanoGPT's
+    checkpoints have that of their dataset, which may be gone; None where it is unknown.
+    """
+    if checkpoint.get('tokenizer') is not None:
+        return checkpoint['tokenizer']
+    meta = load_meta(checkpoint.get('config', {}).get('dataset', ''))
+    if meta is None and vocab_size not in GPT2_VOCAB_SIZES:
+        return None
+    return tokenizer_spec(meta)

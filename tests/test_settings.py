@@ -1,5 +1,6 @@
 """ components/settings.py: the rules for the settings of the scripts. """
 import math
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -229,6 +230,26 @@ def test_model_fits_its_dataset(arguments):
      'dataset=words gpt2; --tokenizer=gpt2'),
 ])
 def test_model_does_not_fit_its_dataset(arguments, words):
+    with refused(*words.split()):
+        fit(**arguments)
+
+
+@pytest.mark.parametrize('meta, vocab_size, words', [
+    pytest.param({'vocab_size': 3, 'itos': ['a', 'b', 'c']}, 3, None, id='the same tokens'),
+    pytest.param({'vocab_size': 3, 'itos': ['c', 'b', 'a']}, 3, 'dataset=words', id='other tokens'),
+    pytest.param({'vocab_size': 3}, 3, None, id='unknown tokens'),
+    pytest.param(None, 3, None, id='the dataset is gone'),
+    pytest.param(None, 50304, 'dataset=words --tokenizer=gpt2', id='GPT-2'),
+])
+def test_tokens_of_a_checkpoint_of_nanogpt(tmp_path, meta, vocab_size, words):
+    """ They are those of its dataset. """
+    if meta is not None:
+        (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    checkpoint = {'config': {'dataset': str(tmp_path)}}
+    arguments = dict(model_args=dict(vocab_size=vocab_size), checkpoint=checkpoint)
+    if words is None:
+        fit(**arguments)
+        return
     with refused(*words.split()):
         fit(**arguments)
 
