@@ -129,7 +129,7 @@ def make_step():
     raw_model = GPT(gpt_config).to(device)
     raw_model.activation_checkpointing = activation_checkpointing
     optimizers = configure_optimizers(raw_model, 1e-1, 1e-4, (0.9, 0.95), device_type, muon_lr,
-                                      dtype)
+                                      dtype, compile)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     autocast = use_device(device, dtype)
     model = compile_model(raw_model, compile)

@@ -124,7 +124,8 @@ with one_line_errors():
     raw_model, model = distributed.parallelize(model, device, ddp, config)
 
     optimizers = optim.configure_optimizers(
-        raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
+        raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype,
+        compile)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     progress = Progress()
     is_resumed = location.kind == 'resume'

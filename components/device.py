@@ -21,6 +21,10 @@ from components.errors import UserError
 # the first name that matches counts, and the smallest of several sizes of memory
 GPUS = {
     'B200': (2250e12, 180e9),
+    'RTX 5090': (209.5e12, 32e9),
+    'RTX 4090': (165.2e12, 24e9),
+    'RTX A6000': (154.8e12, 48e9),
+    'RTX 3090': (71e12, 24e9),
     'GH200': (989e12, 96e9),
     'H200 NVL': (836e12, 141e9),
     'H200': (989e12, 141e9),
@@ -154,8 +158,8 @@ def default_dtype(device, training):
 
 
 def can_compile(device):
-    """ Whether Triton supports this GPU and is installed. """
-    is_supported = torch.cuda.get_device_capability(device) >= (7, 0)
+    """ Whether Triton supports this GPU, by its documentation, and is installed. """
+    is_supported = torch.cuda.get_device_capability(device) >= (8, 0)
     return is_supported and not missing_for_compile('cuda')
 
 
@@ -265,8 +269,9 @@ def peak_flops(device_type, dtype=None):
         dtype = 'bfloat16' if device_type == 'cuda' else 'float32'
     if device_type == 'cuda' and dtype != 'float32':
         gpu = torch.cuda.get_device_name()
+        is_other = re.search(r'\b(MIG|Ti|D|Laptop)\b', gpu)  # a part, or a chip of another size
         for name, peak in GPU_PEAKS.items():
-            if re.search(rf'\b{name}\b', gpu) and 'MIG' not in gpu:
+            if re.search(rf'\b{name}\b', gpu) and not is_other:
                 return peak, f"{gpu}'s data sheet"
     return measure_peak(device_type, dtype), 'a measured matrix product'
 

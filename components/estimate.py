@@ -4,6 +4,8 @@ What training a model of some size needs: parameters, memory, FLOPs, days. The m
 Every figure is a closed form of the sizes in GPTConfig. Not here: what GPUs wait for each other,
 which is a part of the assumed MFU.
 """
+from bisect import bisect
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -45,17 +47,17 @@ def parameters_by_part(model):
 
 
 def memory_of_training(model, batch_size, dtype, muon_lr=0.0, processes=1, fsdp=False,
-                       activation_checkpointing=False, compile=False):
+                       activation_checkpointing=False, compile=False, device_type='cpu'):
     """
     The memory of the tensors of a training step, in each process, at its peak: as the backward pass
-    of a micro-batch begins, while the gradients of an earlier micro-batch exist. Activations are
-    those of a CPU. CUDA needs less: its attention is in 16 bits and stores no T x T matrices.
+    of a micro-batch begins, while the gradients of an earlier micro-batch exist.
 
     Args:
         model: a GPT, which may be on the meta device
         batch_size: sequences in a micro-batch, of block_size tokens each
         dtype, muon_lr, fsdp, activation_checkpointing, compile: as in train.py
         processes: number of processes, each with its own micro-batches
+        device_type: 'cuda', or 'cpu' for all others; their attention differs
 
     Returns:
         {what it is for: bytes}
@@ -83,9 +85,8 @@ def memory_of_training(model, batch_size, dtype, muon_lr=0.0, processes=1, fsdp=
         memory['weights in 16 bits'] = 2 * sum(linear.weight.numel() for linear in linears)
 
     stream = tokens * FLOAT32 * config.n_embd  # the residual stream, which stays in float32
-    block = tokens * activations_per_layer(config, dtype)
-    is_loss_compiled = compile and not fsdp  # FSDP compiles attention and MLP alone
-    loss = size_of_loss(config, tokens, dtype, is_loss_compiled)
+    block = tokens * activations_per_layer(config, dtype, device_type)
+    loss = size_of_loss(config, tokens, dtype, is_compiled=compile)
     memory['activations'] = 2 * stream  # the inputs of ln_f and lm_head
     if activation_checkpointing:
         memory['activations'] += config.n_layer * stream
@@ -105,10 +106,11 @@ def size_of_moments(model, muon_lr):
     return size
 
 
-def activations_per_layer(config, dtype):
+def activations_per_layer(config, dtype, device_type='cpu'):
     """
     Bytes that a block saves for the backward pass for a token: the inputs of its operations (as
-    arXiv 2205.05198 counts them). For GPT-2 and C = n_embd, 64 C in float32 and 46 C in 16 bits.
+    arXiv 2205.05198 counts them). For GPT-2 and C = n_embd, 64 C in float32; in 16 bits 46 C on a
+    CPU, and 36 C on CUDA.
     """
     C = config.n_embd
     itemsize = getattr(torch, dtype).itemsize
@@ -118,9 +120,10 @@ def activations_per_layer(config, dtype):
     if config.dropout > 0:
         size += itemsize * 2 * C  # masks after attention and MLP
 
-    # attention, which a CPU computes in float32, except for short sequences in bfloat16
+    # a CPU computes attention in float32, except for short sequences in bfloat16
     is_short_bfloat16 = dtype == 'bfloat16' and config.block_size <= MAX_ATTENTION_MATRIX
-    attention_itemsize = itemsize if is_short_bfloat16 else FLOAT32
+    is_in_dtype = device_type == 'cuda' or is_short_bfloat16
+    attention_itemsize = itemsize if is_in_dtype else FLOAT32
     size += attention_itemsize * 3 * C  # queries, keys and values
     if attention_itemsize > itemsize:
         size += FLOAT32 * C     # the output, before it is cast to 16 bits
@@ -128,9 +131,11 @@ def activations_per_layer(config, dtype):
         size += FLOAT32 * 2 * C  # queries and keys before RoPE: all of c_attn's output is kept
     if config.qk_norm:
         size += FLOAT32 * 2 * C  # queries and keys before RMSNorm
-    num_matrices = 1 if is_short_bfloat16 else 0  # T x T, in each head
-    if config.dropout > 0:
+    num_matrices = 0            # T x T, in each head; CUDA's attention stores none
+    if device_type != 'cuda' and config.dropout > 0:
         num_matrices = 3        # the softmax, the dropout mask and their product
+    elif device_type != 'cuda' and is_short_bfloat16:
+        num_matrices = 1
     size += num_matrices * attention_itemsize * config.n_head * config.block_size
     return size
 
@@ -148,6 +153,15 @@ def size_of_loss(config, tokens, dtype, is_compiled):
     chunk = 2 * FLOAT32 * V * loss_chunk_size(V)  # logits and log-softmax of a chunk of tokens
     gradients = FLOAT32 * C * (V + tokens)        # of lm_head and of its input
     return gradients + max(chunk, gradients)      # backward multiplies copies of the gradients
+
+
+def largest_micro_batches(capacities, memory):
+    """ For GPUs {name: bytes}, the largest batch_size of which memory(batch_size) fits, or 0. """
+    @cache  # one for all GPUs
+    def total(batch_size):
+        return sum(memory(batch_size).values())
+    return {name: bisect(range(1, 10**6), USABLE_MEMORY * capacity, key=total)
+            for name, capacity in capacities.items()}
 
 # -----------------------------------------------------------------------------
 # time
@@ -198,11 +212,14 @@ def print_estimate(model, settings):
     print(f'  {"total":20}{num_params:15,}, a checkpoint of {checkpoint_size / 1e6:,.1f} MB')
 
     T = model.config.block_size
-    memory = memory_of_training(model, s.batch_size, s.dtype, s.muon_lr, s.processes, s.fsdp,
-                                s.activation_checkpointing, s.compile)
+    device_type = s.device.partition(':')[0]
+    memory_of = partial(memory_of_training, model, dtype=s.dtype, muon_lr=s.muon_lr,
+                        processes=s.processes, fsdp=s.fsdp, compile=s.compile,
+                        activation_checkpointing=s.activation_checkpointing)
+    memory = memory_of(s.batch_size, device_type=device_type)
     of_each = ' of each process' if s.processes > 1 else ''
     print(f'memory{of_each} for a micro-batch of {s.batch_size} x {T} tokens in {s.dtype}, '
-          f'{describe_compile(s.compile)}, laid out as on a CPU:')
+          f'{describe_compile(s.compile)}, on {device_type}:')
     for name, size in memory.items():
         print(f'  {name:20}{size / 1e6:15,.1f} MB')
     print(f'  {"total":20}{sum(memory.values()) / 1e6:15,.1f} MB')
@@ -218,27 +235,30 @@ def print_estimate(model, settings):
     }
     for name, tokens in run_tokens.items():
         print(f'{name}: {tokens / 1e9:,.4g} billion tokens, {flops_per_token * tokens:.4g} FLOP')
-    print_durations(model, s, sum(memory.values()), run_tokens)
+    largest = largest_micro_batches(GPU_MEMORY, partial(memory_of, device_type='cuda'))
+    print_durations(model, s, largest, run_tokens)
 
 
-def print_durations(model, s, memory, run_tokens):
-    """ Reports whether `memory` bytes fit, and the time of runs {name: tokens}, by device. """
+def print_durations(model, s, largest, run_tokens):
+    """ Reports the largest micro-batch, and the time of runs {name: tokens}, by device. """
     if s.activation_checkpointing:
         T = model.config.block_size
         share = flops_of_recomputation(model.config) / model.flops_per_token(T)
         print(f'activation checkpointing computes {share:.0%} more than MFU counts')
     print(f'duration at an MFU of {ASSUMED_MFU:.0%}, on {s.processes:,} of each, on this machine '
-          f'in {s.dtype}, on GPUs in 16 bits; it fits if {1 - USABLE_MEMORY:.0%} stays free:')
+          f'in {s.dtype}, on GPUs in 16 bits')
+    print(f'fits: the largest batch_size in {s.dtype}, {describe_compile(s.compile)}, of which '
+          f'{1 - USABLE_MEMORY:.0%} of the memory stays free')
     header = ''.join(f'{name:>28}' for name in run_tokens)
-    print(f'  {"":14}{"peak":>18}{"memory":>10}{"fits":>6}{header}')
+    print(f'  {"":14}{"peak":>18}{"memory":>10}{"fits":>8}{header}')
     peak_here, _ = peak_flops(s.device.partition(':')[0], s.dtype)
     for device, peak in {'this machine': peak_here, **GPU_PEAKS}.items():
         capacity = ''
         fits = ''
         if device in GPU_MEMORY:
             capacity = f'{GPU_MEMORY[device] / 1e9:.0f} GB'
-            fits = 'yes' if memory <= USABLE_MEMORY * GPU_MEMORY[device] else 'no'
-        row = f'  {device:14}{peak / 1e12:10,.2f} TFLOP/s{capacity:>10}{fits:>6}'
+            fits = largest[device]
+        row = f'  {device:14}{peak / 1e12:10,.2f} TFLOP/s{capacity:>10}{fits:>8}'
         for tokens in run_tokens.values():
             seconds = seconds_of_training(model, tokens, peak, s.processes,
                                           s.activation_checkpointing)

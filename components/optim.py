@@ -6,7 +6,10 @@ Not here: the schedule of the learning rate (train.py).
 
 To add an optimizer, change `configure_optimizers`, and name the tensors that it keeps in `MOMENTS`.
 """
+from functools import partial
+
 import torch
+import torch.distributed as dist
 
 from components.distributed import (
     compute_in_parts,
@@ -33,12 +36,19 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled, as in AdamW
         momentum: decay of the running average of gradients
         dtype: in which the iteration is computed
+        compile: whether to compile the update, in half as many launches; not of several processes
     """
     found_inf = None  # a tensor, 1.0 to skip the step; see clip_and_step()
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16,
+                 compile=False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
+        self.is_compiled = compile and not dist.is_initialized()
+        self.update = update_matrices
+        if self.is_compiled:
+            # one graph for each shape; with dynamic=None the second one would be for all shapes
+            self.update = torch.compile(update_matrices, dynamic=False, fullgraph=True)
         for group in self.param_groups:
             assert all(p.dim() == 2 for p in group['params']), 'Muon updates matrices only'
 
@@ -49,35 +59,13 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 if p.grad is not None:
                     params_by_shape.setdefault(p.shape, []).append(p)
+            lr = group['lr']
+            if self.is_compiled:  # in a graph a float is a constant, and another one recompiles
+                lr = torch.full((), lr, device=group['params'][0].device)
             for params in params_by_shape.values():
-                self.update(params, group['lr'], group['weight_decay'], group['momentum'])
-
-    def update(self, params, lr, weight_decay, momentum):
-        """ Updates matrices of one shape together, as a GPU waits for the start of each call. """
-        # of sharded matrices, this process has some rows
-        grads = [local_part(p.grad) for p in params]                        # n x (rows, columns)
-        averages = [local_part(self.momentum_buffer(p)) for p in params]    # n x (rows, columns)
-        factor = 1
-        if self.found_inf is not None:
-            is_finite = self.found_inf == 0
-            factor = is_finite.float()                                      # 0 skips the step
-            # an average of itself with itself: it stays as it is
-            grads = torch.where(is_finite, torch.stack(grads), torch.stack(averages)).unbind()
-        torch._foreach_lerp_(averages, grads, 1 - momentum)
-        # Nesterov: one step ahead of the average
-        directions = torch._foreach_lerp(grads, averages, momentum)
-
-        rows, columns = params[0].shape
-        directions = torch.stack(directions).to(self.dtype)                 # (n, rows, columns)
-        if is_sharded(params[0]):
-            updates = compute_on_whole_matrices(orthogonalize, directions, rows)
-        else:
-            updates = compute_in_parts(orthogonalize, directions)
-        scale = max(1, rows / columns) ** 0.5  # taller matrices take larger updates
-        updates = updates * (lr * scale * factor)
-        local_params = [local_part(p) for p in params]
-        torch._foreach_mul_(local_params, 1 - lr * weight_decay * factor)
-        torch._foreach_sub_(local_params, updates.to(local_params[0].dtype).unbind())
+                averages = [self.momentum_buffer(p) for p in params]
+                self.update(params, averages, lr, group['weight_decay'], group['momentum'],
+                            self.dtype, self.found_inf)
 
     def momentum_buffer(self, p):
         """ The running average of the gradients of p. """
@@ -86,18 +74,52 @@ class Muon(torch.optim.Optimizer):
         return self.state[p]['momentum_buffer']
 
 
-def orthogonalize(X):
+def update_matrices(params, averages, lr, weight_decay, momentum, dtype, found_inf):
+    """ Updates matrices of one shape together, as a GPU waits for the start of each call. """
+    # of sharded matrices, this process has some rows
+    grads = [local_part(p.grad) for p in params]                            # n x (rows, columns)
+    averages = [local_part(average) for average in averages]                # n x (rows, columns)
+    factor = 1
+    if found_inf is not None:
+        is_finite = found_inf == 0
+        factor = is_finite.float()                                          # 0 skips the step
+        # an average of itself with itself: it stays as it is
+        grads = torch.where(is_finite, torch.stack(grads), torch.stack(averages)).unbind()
+    torch._foreach_lerp_(averages, grads, 1 - momentum)
+    # Nesterov: one step ahead of the average
+    directions = torch._foreach_lerp(grads, averages, momentum)
+
+    rows, columns = params[0].shape
+    directions = torch.stack(directions)                                    # (n, rows, columns)
+    if dtype == torch.bfloat16:  # float16 has too small a range for gradients
+        directions = directions.to(dtype)
+    function = partial(orthogonalize, dtype=dtype)
+    if is_sharded(params[0]):
+        updates = compute_on_whole_matrices(function, directions, rows)
+    else:
+        updates = compute_in_parts(function, directions)
+    scale = max(1, rows / columns) ** 0.5  # taller matrices take larger updates
+    updates = updates * (lr * scale * factor)
+    local_params = [local_part(p) for p in params]
+    torch._foreach_mul_(local_params, 1 - lr * weight_decay * factor)
+    torch._foreach_sub_(local_params, updates.to(local_params[0].dtype).unbind())
+
+
+def orthogonalize(X, dtype):
     """
     Brings all singular values close to 1, by five steps of X <- 3.4445 X - 4.775 A X + 2.0315 A A
     X with A = X X^T.
 
     Args:
         X: (n, rows, columns); n matrices
+        dtype: of the iteration, whose numbers are at most about 1
 
-    Returns: (n, rows, columns)
+    Returns: (n, rows, columns) in the dtype of X
     """
     rows, columns = X.shape[1:]
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    norm = X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)                 # (n, 1, 1)
+    result_dtype = X.dtype
+    X = (X / norm).to(dtype)
     for _ in range(5):
         if rows <= columns:
             A = X @ X.mT                                                # (n, r, r)
@@ -107,7 +129,7 @@ def orthogonalize(X):
             A = X.mT @ X                                                # (n, c, c)
             B = torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315)       # (n, c, c)
             X = torch.baddbmm(X, X, B, beta=3.4445)                     # (n, r, c)
-    return X
+    return X.to(result_dtype)
 
 # -----------------------------------------------------------------------------
 # the optimizers of a model
@@ -121,7 +143,7 @@ MOMENTS = {
 
 
 def configure_optimizers(model, weight_decay, learning_rate, betas, device_type, muon_lr=0.0,
-                         dtype='float32'):
+                         dtype='float32', compile=False):
     """
     The optimizers of a model: AdamW for all parameters, or with `muon_lr` Muon for the matrices of
     the blocks and AdamW for the rest.
@@ -133,7 +155,8 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
         betas: of AdamW
         device_type: 'cpu', 'cuda' or 'mps'
         muon_lr: the peak learning rate of Muon; 0 for none
-        dtype: of the run; Muon computes in bfloat16 where the run does, else in float32
+        dtype: of the run, in which Muon computes
+        compile: whether to compile Muon's update
 
     Returns:
         {name: optimizer}. A checkpoint holds each state under its name. Every parameter group has
@@ -159,9 +182,9 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
     optimizers['optimizer'] = adamw
 
     if muon_lr > 0:
-        muon_dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
         group = {'params': matrices, 'lr_scale': muon_lr / learning_rate}
-        optimizers['muon'] = Muon([group], muon_lr, weight_decay, dtype=muon_dtype)
+        optimizers['muon'] = Muon([group], muon_lr, weight_decay, dtype=getattr(torch, dtype),
+                                  compile=bool(compile))
     return optimizers
 
 

@@ -10,7 +10,8 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-fast'
 
 # 12 sequences of 1024 tokens x 40 micro-batches = 491,520 tokens per iteration, whatever the number
-# of GPUs
+# of GPUs. An 80 GB GPU takes more at a time, also each of 8: --batch_size=60
+# --gradient_accumulation_steps=8 are as many tokens. 40 GB: 30 and 16; a T4 (16 GB): 12 and 40
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

@@ -1,10 +1,18 @@
 """ components/optim.py: Muon, the optimizers of a model, gradient clipping, skipped steps. """
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from components.optim import Muon, clip_and_step, configure_optimizers, set_learning_rate
+from components.optim import (
+    Muon,
+    clip_and_step,
+    configure_optimizers,
+    orthogonalize,
+    set_learning_rate,
+)
 from model import GPT, GPTConfig
 
 
@@ -77,6 +85,38 @@ def test_muon_update_is_nearly_orthogonal():
         assert (S - singular_values.diag()).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize('norm', [1e-4, 1.0, 1e6])
+def test_float16_is_as_good_as_float32(norm):
+    """ Also for gradients whose numbers are outside its range. """
+    X = torch.randn(3, 64, 256, generator=torch.Generator().manual_seed(0))
+    X *= norm / X.norm(dim=(1, 2), keepdim=True)
+    expected = orthogonalize(X, torch.float32)
+    out = orthogonalize(X, torch.float16)
+    assert out.dtype == torch.float32
+    assert (out - expected).norm() < 0.005 * expected.norm()
+
+
+@pytest.mark.parametrize('found_inf', [None, torch.tensor(0.0)], ids=str)
+def test_muon_is_compiled_once_for_each_shape(monkeypatch, found_inf):
+    """ Whatever the learning rate. """
+    counter = CompileCounterWithBackend('eager')
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=counter))
+    results = []
+    for compile in (False, True):
+        params = matrices()
+        optimizer = Muon(params, lr=0.1, weight_decay=0.1, dtype=torch.float32, compile=compile)
+        optimizer.found_inf = found_inf
+        for seed in (1, 2, 3):
+            optimizer.param_groups[0]['lr'] = 0.1 / seed
+            set_gradients(params, seed)
+            optimizer.step()
+        results.append(params)
+    torch._dynamo.reset()
+    assert counter.frame_count == 4
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize('has_momentum', [False, True])
 def test_muon_skips_the_step_by_itself(has_momentum):
     """ As on CUDA. The first gradients of float16 are often inf, because its scale is too high. """
@@ -145,14 +185,11 @@ def test_which_parameters_an_optimizer_updates(muon_lr):
     assert names_of(group, model) == block_matrices
 
 
-@pytest.mark.parametrize('dtype, muon_dtype', [
-    ('float32', torch.float32),
-    ('bfloat16', torch.bfloat16),
-    ('float16', torch.float32),  # its range is too small
-])
-def test_dtype_of_muon(tiny, dtype, muon_dtype):
-    optimizers = configure_optimizers(tiny, 0.1, 1e-3, (0.9, 0.95), 'cpu', 0.02, dtype)
-    assert optimizers['muon'].dtype == muon_dtype
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_of_muon(tiny, dtype):
+    name = str(dtype).removeprefix('torch.')
+    optimizers = configure_optimizers(tiny, 0.1, 1e-3, (0.9, 0.95), 'cpu', 0.02, name)
+    assert optimizers['muon'].dtype == dtype
 
 
 def test_learning_rates_are_in_proportion(tiny):
