@@ -328,5 +328,5 @@ watchdog.stop()
 if eval_only:
     print_master(summary.perplexity_and_bits_per_byte(val_loss, tokenizer, data[eval_split]))
 else:
-    print_master(summary.closing_line(config, progress, checkpoints, stop, clock))
+    print_master(summary.closing_line(config, tokenizer, progress, checkpoints, stop, clock))
 distributed.shut_down(max(stop.exit_code, int(checkpoints.error != '')))

@@ -11,12 +11,10 @@ import torch
 from components.checkpoint import find_checkpoint, load_checkpoint, load_weights, map_values
 from components.distributed import broadcast, is_first_process
 from components.errors import UserError
-from components.huggingface import GPT2_NAMES
+from components.huggingface import GPT2_NAMES, load_gpt2_spec
 from components.settings import model_config
-from components.tokenizer import has_tokenizer, hf_spec, load_meta, tokenizer_spec
+from components.tokenizer import load_meta, spec_of_checkpoint
 from model import GPT
-
-GPT2_VOCAB_SIZE = 50257
 
 
 class ModelLocation(NamedTuple):
@@ -161,34 +159,18 @@ def load_tokenizer_spec(location, model, checkpoint, required=True):
     Raises:
         UserError: if the tokenizer is missing, broken, or of another vocabulary
     """
+    vocab_size = model.config.vocab_size
+    message = f'{location.name} has a vocabulary of {vocab_size} and no tokenizer'
     if location.kind == 'huggingface':
-        return huggingface_spec(location.name)
+        spec = load_gpt2_spec(location.name, vocab_size)
+        if required and spec is None:
+            raise UserError(f'{message}; save its tokenizer.json there')
+        return spec
 
-    dataset = checkpoint.get('config', {}).get('dataset')
-    spec = checkpoint.get('tokenizer')
-    if spec is None:
-        spec = dataset_spec(dataset)
-    is_missing = required and spec is None
-    # without meta.pkl a dataset is assumed to be in GPT-2's tokens, but the file may be deleted
-    is_mistaken = spec == {'kind': 'gpt2'} and model.config.vocab_size < GPT2_VOCAB_SIZE
-    if is_missing or is_mistaken:
-        raise UserError(f'{location.name} has a vocabulary of {model.config.vocab_size} and no '
-                        f'tokenizer, and stoi and itos are missing in the meta.pkl of '
-                        f'dataset={dataset}; run its prepare.py')
+    dataset = checkpoint.get('config', {}).get('dataset', '')
+    spec = spec_of_checkpoint(checkpoint, vocab_size)
+    is_gone = spec is None and load_meta(dataset) is None
+    if is_gone or (required and spec is None):
+        raise UserError(f'{message}, and dataset={dataset} has no meta.pkl with a text for each id '
+                        '(itos); run its prepare.py')
     return spec
-
-
-def huggingface_spec(name):
-    """ The spec of a Hugging Face model; GPT-2's if its directory has no tokenizer. """
-    if name in GPT2_NAMES:
-        return {'kind': 'gpt2'}
-    if os.path.isdir(name) and not has_tokenizer(name):
-        return {'kind': 'gpt2'}
-    return hf_spec(name)
-
-
-def dataset_spec(dataset):
-    """ The spec of a dataset; GPT-2's if it has no meta.pkl, or if no dataset is named. """
-    if not dataset:
-        return tokenizer_spec(None)
-    return tokenizer_spec(load_meta(dataset))
