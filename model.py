@@ -105,9 +105,7 @@ class CausalSelfAttention(nn.Module):
         v = v.squeeze(0)                                                    # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(k, v)                                       # (B, nh, S, hs)
-        is_causal = False  # a single query attends to all keys
-        if mask is None and q.shape[2] > 1:
-            is_causal = True
+        is_causal = mask is None and q.shape[2] > 1  # a single query attends to all keys
         y = F.scaled_dot_product_attention(
             q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
         y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)

@@ -82,7 +82,8 @@ min_lr = 6e-5                 # usually learning_rate / 10; Muon's is in proport
 # system
 backend = 'auto'              # of several processes: nccl or gloo; auto: nccl on CUDA
 device = 'auto'               # cuda, cuda:1, mps or cpu; auto: the first that is available
-dtype = 'auto'                # float32, bfloat16, float16; auto: 16 bits where they are native
+dtype = 'auto'                # float32 (on CUDA products use TF32), bfloat16, float16; auto: 16
+                              # bits where they are native
 fsdp = False                  # divide parameters, gradients, moments among the processes: FSDP
 activation_checkpointing = False  # compute each block again in the backward pass: less memory
 compile = 'auto'              # True, False or reduce-overhead (with CUDA graphs); auto: on CUDA
@@ -123,9 +124,8 @@ with one_line_errors():
     model.activation_checkpointing = activation_checkpointing
     raw_model, model = distributed.parallelize(model, device, ddp, config)
 
-    optimizers = optim.configure_optimizers(
-        raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype,
-        compile)
+    optimizers = optim.configure_optimizers(raw_model, weight_decay, learning_rate, (beta1, beta2),
+                                            device_type, muon_lr, dtype, compile)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     progress = Progress()
     is_resumed = location.kind == 'resume'
