@@ -105,20 +105,22 @@ SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 def group_by_split(paths, source):
     """
     {'train', 'val' or 'test': paths}, by a word in the name of each file, or else of its folder in
-    `source`. Files whose names say no split are for training. If none says train, all are.
+    `source`; files without such a word are for training. Unless one says train and most files have
+    such a word, all are for training.
     """
     splits = {path: _named_split(path.relative_to(source)) for path in paths}
-    others = [path.name for path in paths if splits[path] in ('val', 'test')]
-    if not others:
+    numbers = Counter(splits.values())
+    if not numbers['val'] and not numbers['test']:
         return {'train': paths}
-    if 'train' not in splits.values():
-        print(f'NOTE: no file is named train, so these names do not count: {", ".join(others):.99}')
+    if not numbers['train'] or numbers[None] > len(paths) / 2:
+        print('NOTE: names of files that say val or test do not count, because none says train, '
+              'or most say no split')
         return {'train': paths}
+    print('files by their names:', ', '.join(f'{numbers[split]:,} {split}' for split in numbers))
     groups = {}
-    for split in ('train', 'val', 'test'):
-        groups[split] = [path for path in paths if (splits[path] or 'train') == split]
-        print(f'{split}: {len(groups[split]):,} files by their names')
-    return {split: group for split, group in groups.items() if group}
+    for path in paths:
+        groups.setdefault(splits[path] or 'train', []).append(path)
+    return groups
 
 
 def _named_split(path):
@@ -177,7 +179,7 @@ def _check_key(key, keys):
     if key not in keys:
         listing = ', '.join(map(repr, keys))
         raise ValueError(f'no key {key!r}, only {listing:.199}; data/custom/prepare.py reads '
-                         'another one with --key=')
+                         'another one with --key=NAME')
 
 
 def _parquet_rows(path, key):
