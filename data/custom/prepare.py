@@ -117,30 +117,31 @@ def choose_train_sizes(sizes):
     return train_sizes.tolist()
 
 
-def divide(paths, sizes, split):
-    """ The training or validation split of documents with these numbers of characters. """
-    documents = iter(zip(sizes, choose_train_sizes(sizes)))
-    size, rest = next(documents, (0, 0))
-    ends_in_val = rest < size
+def divide(paths, train_sizes, split):
+    """ The training or validation split of documents of which `train_sizes` are for training. """
+    sizes = iter(train_sizes)
+    rest = next(sizes, 0)
+    has_part = False  # of this document, in this split
     for text in read_files(paths, key):
-        if text is END_OF_DOCUMENT:
-            if ends_in_val == (split == 'val'):
-                yield END_OF_DOCUMENT
-            size, rest = next(documents, (0, 0))
-            ends_in_val = rest < size
-            continue
-        part = text[:rest] if split == 'train' else text[rest:]
-        rest -= min(rest, len(text))
-        if part:
+        if text is not END_OF_DOCUMENT:
+            part = text[:rest] if split == 'train' else text[rest:]
             yield part
+            has_part |= part != ''
+            rest -= min(rest, len(text))
+        else:
+            if has_part and (split == 'val' or len(train_sizes) > 1):
+                yield END_OF_DOCUMENT
+            rest = next(sizes, 0)
+            has_part = False
 
 
 def make_splits(groups, sizes):
     """ The splits of files that are grouped by split; without any for validation, of `sizes`. """
     splits = {split: read_files(paths, key) for split, paths in groups.items()}
     if 'val' not in groups:
-        splits['train'] = divide(groups['train'], sizes, 'train')
-        splits['val'] = divide(groups['train'], sizes, 'val')
+        train_sizes = choose_train_sizes(sizes)
+        for split in ('train', 'val'):
+            splits[split] = divide(groups['train'], train_sizes, split)
     return splits
 
 
@@ -187,15 +188,17 @@ def print_next_commands(is_char, num_tokens):
     if longest < 1:
         print('NOTE: a split of one token is too short to train or to evaluate; add text')
         return
+    config, block_size = 'config/train_wikitext2_fast.py', 128
     if is_char:
-        print_command('train a model', 'config/train_python_char.py', 64, longest)
-    else:
-        print_command('train a model', 'config/train_wikitext2_fast.py', 128, longest)
+        config, block_size = 'config/train_python_char.py', 64
+    print_command('train a model', config, block_size, longest)
+    if not is_char:
         print('for more than 500,000 tokens, see the first lines of that config')
+        config, block_size = 'config/finetune_shakespeare.py', 1024
     context = context_length()
     if context > 0:
-        print_command(f'fine-tune {tokenizer}', 'config/finetune_shakespeare.py', 1024,
-                      min(longest, context), init_from=tokenizer)
+        print_command(f'fine-tune {tokenizer}', config, block_size, min(longest, context),
+                      init_from=tokenizer)
 
 
 if __name__ == '__main__':
