@@ -13,6 +13,7 @@
 def _configure(settings):  # noqa: C901  it is small functions, which the script need not see
     """ Applies sys.argv to `settings`, the script's globals -> config_keys, config_overrides. """
     import ast
+    import math
     import os
     import re
     import sys
@@ -88,6 +89,13 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
             refuse(f'{path}, line {trace.tb_lineno}: {type(error).__name__}: {error}')
         return names
 
+    def as_in_nanogpt(key, value):
+        """ A value of a config file; a float for an int is rounded, None for a str is ''. """
+        kind = type(defaults[key])
+        if kind is int and isinstance(value, float) and math.isfinite(value):
+            return round(value)
+        return '' if kind is str and value is None else value
+
     def apply_config_file(path):
         check_config_file(path)
         names = execute(path)
@@ -102,7 +110,7 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
         if unknown and is_master:
             print(f'{path}: ignored, not settings of this script: {", ".join(unknown)}')
         for key in changed:
-            put(key, names[key], path)
+            put(key, as_in_nanogpt(key, names[key]), path)
 
     def print_help():
         """ Prints the docstring, and the settings, which stand below a line of dashes. """

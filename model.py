@@ -197,14 +197,16 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x[:, -1:]), None                             # (B, 1, vocab_size)
 
-        loss = F.linear_cross_entropy(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), ignore_index=-1)
         logits = self.logits(x) if return_logits else None                  # (B, T, vocab_size)
-        return logits, loss
+        return logits, self.loss(x, targets)
+
+    def loss(self, x, targets):
+        """ x: (B, T, C). In training this alone computes logits, and perhaps in parts. """
+        return F.linear_cross_entropy(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), ignore_index=-1)
 
     def logits(self, x):
-        """ (B, T, C) -> (B, T, vocab_size). In training, the loss alone has them, in parts. """
-        return self.lm_head(x)
+        return self.lm_head(x)                                              # (B, T, vocab_size)
 
     def hidden_states(self, idx, positions, cache=None):
         """ Token ids (B, T) at positions (T,), a cache for each block -> (B, T, C) for lm_head. """

@@ -32,7 +32,8 @@ init_from = 'resume'   # resume: out_dir/ckpt.pt; gpt2, gpt2-medium, gpt2-large,
                        # Face directory, or namespace/name on the hub; or a checkpoint file
 out_dir = 'out'        # folder of ckpt.pt
 start = '\n'           # the prompt; FILE:prompt.txt reads one from a file, - from standard input;
-                       # FILES:*.txt reads one from each file, LINES:prompts.txt from each line
+                       # FILES:*.txt reads one from each file, LINES:prompts.txt from each line;
+                       # where a newline is no token, the default is the end-of-text or first token
 num_samples = 10       # for each prompt
 max_new_tokens = 500   # tokens of each sample
 stop = ''              # a sample ends before this text; '': after max_new_tokens
@@ -68,6 +69,19 @@ def encode_prompt(text):
     return ids
 
 
+def default_prompt():
+    """ The ids of a newline, or if the tokenizer has none the end-of-text or the first token. """
+    with suppress(UserError):
+        ids = encode_prompt('\n')
+        if tokenizer.decode(ids) == '\n':
+            return ids
+    token = tokenizer.end_of_text
+    if token is None or token >= model.config.vocab_size:
+        token = 0
+    print(f"start='\\n' is not in the vocabulary; starting with {tokenizer.decode([token])!r}")
+    return [token]
+
+
 # 1. the model, its tokenizer and the prompts
 with one_line_errors():
     device, dtype, compile = choose_device(device, dtype, compile, training=False)
@@ -79,7 +93,7 @@ with one_line_errors():
     model, checkpoint = load_model(location, mmap=True)
     tokenizer = get_tokenizer(load_tokenizer_spec(location, model, checkpoint))
     checkpoint = None  # frees its memory
-    prompts = [encode_prompt(text) for text in texts]
+    prompts = [default_prompt() if text == '\n' else encode_prompt(text) for text in texts]
 
 # 2. the model on the device
 device_type = device.partition(':')[0]

@@ -24,9 +24,8 @@ from components.device import choose_device, use_device
 from components.distributed import print_master
 from components.errors import install_excepthook, one_line_errors
 from components.log import Log
-from components.pretrained import find_model_of_job, load_model_everywhere
+from components.pretrained import find_model_of_job, load_model_everywhere, new_model
 from components.stopping import StopConditions
-from model import GPT
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -114,14 +113,14 @@ with one_line_errors():
     location = find_model_of_job(init_from, out_dir, eval_only, job)
     checkpoint = None
     if location.kind == 'scratch':
-        model = GPT(settings.new_model_config(config, vocab_size))
+        model = new_model(settings.new_model_config(config, vocab_size), fsdp)
     else:
-        model, checkpoint = load_model_everywhere(location, dropout)
+        model, checkpoint = load_model_everywhere(location, dropout, fsdp)
     settings.check_fit(model, location, checkpoint, data, vocab_size, tokenizer, config)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
     model.activation_checkpointing = activation_checkpointing
-    raw_model, model, eval_model = distributed.parallelize(model, device, ddp, config)
+    raw_model, model = distributed.parallelize(model, device, ddp, config)
 
     optimizers = optim.configure_optimizers(
         raw_model, weight_decay, learning_rate, (beta1, beta2), device_type, muon_lr, dtype)
@@ -192,9 +191,9 @@ def seed_micro_batch(iter_num, index):
 @torch.no_grad()
 def estimate_loss():
     """ Mean loss of each split, in nats per token -> {split: float}. Processes share the work. """
-    eval_model.eval()
+    model.eval()
     mean_losses = {split: estimate_split_loss(split) for split in data}
-    eval_model.train()
+    model.train()
     return mean_losses
 
 
@@ -211,7 +210,7 @@ def estimate_split_loss(split):
         index = first + rank
         X, Y = get_batch(split, min(index, num_batches - 1))
         with autocast:
-            _, loss = eval_model(X.to(device), Y.to(device), return_logits=False)
+            _, loss = model(X.to(device), Y.to(device), return_logits=False)
         losses.append(loss.float().clone())  # CUDA graphs use the memory of loss again
         is_counted = index < num_batches  # otherwise another process has this batch
         num_targets.append((Y != -1).sum() * is_counted)
@@ -324,5 +323,5 @@ while True:
 if eval_only:
     print_master(summary.perplexity_and_bits_per_byte(val_loss, tokenizer, data[eval_split]))
 else:
-    print_master(summary.closing_line(config, progress, checkpoints, stop, clock))
+    print_master(summary.closing_line(config, tokenizer, progress, checkpoints, stop, clock))
 distributed.shut_down(max(stop.exit_code, int(checkpoints.error != '')))

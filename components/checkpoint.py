@@ -32,6 +32,7 @@ Not here: loading what `init_from` names (pretrained.py); the optimizers (optim.
 import dataclasses
 import math
 import os
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -351,7 +352,7 @@ def load_optimizers(optimizers, checkpoint, path):
     learning rate, betas and weight decay. Moments of position embeddings that crop_block_size
     removed are dropped. Raises UserError as resume() does.
     """
-    only_weights = f'--init_from={path} loads only its weights'
+    only_weights = f'--init_from={shlex.quote(str(path))} loads only its weights'
     if 'training_model' in checkpoint:  # `model` is an average, which training did not continue
         raise UserError(f'{path} is of a run with ema_decay, which is unsupported; {only_weights}')
     saved = {key for key, value in checkpoint.items()

@@ -53,8 +53,9 @@ def open_bin(dataset, split, block_size, vocab_size):
         raise UserError(f'{path}: {size:,} bytes are not uint16 tokens; {how_to_prepare}')
     num_tokens = size // 2
     if num_tokens < block_size + 1:
+        smallest = min(bin.stat().st_size // 2 for bin in path.parent.glob('*.bin'))
         raise UserError(f'{path} holds {num_tokens:,} tokens, too few for block_size={block_size}; '
-                        f'at most --block_size={num_tokens - 1}')
+                        f'at most --block_size={smallest - 1} fits all splits')
     ids = np.asarray(np.memmap(path, dtype='<u2', mode='r'))
     if looks_like_wider_integers(ids):
         raise UserError(f'{path} holds tokens of 32 or 64 bits instead of uint16; {how_to_prepare}')

@@ -167,10 +167,12 @@ def compute_in_parts(function, batch):
 
 def parallelize(model, device, ddp, config):
     """
-    Prepares a model, on the CPU, for training in this process or in several.
+    Prepares a model for training in this process or in several, and gives all processes the weights
+    that it has in the first one.
 
     Args:
-        model: the GPT
+        model: the GPT, on the CPU; with fsdp in processes other than the first one without memory,
+            on the meta device
         device: of this process
         ddp: whether torchrun started the script, so that there may be several processes
         config: dict of train.py's settings, of which this reads dtype, compile, and fsdp: whether
@@ -178,42 +180,44 @@ def parallelize(model, device, ddp, config):
 
     Returns:
         raw_model: the GPT, on its device, whose parameters the optimizers update
-        model: what a training step calls
-        eval_model: what an evaluation calls
+        model: what training and evaluation call
     """
     if config['fsdp']:
-        shard(model, device, config['dtype'], config['compile'])
-        return model, model, model
+        compile_model(model, config['compile'])
+        shard(model, device, config['dtype'])
+        return model, model
     raw_model = model.to(device)
-    eval_model = compile_model(raw_model, config['compile'])
+    model = compile_model(raw_model, config['compile'])
     if not ddp:
-        return raw_model, eval_model, eval_model
+        return raw_model, model
     # buffers are constant; torch 2.13 has renamed the argument, and warns of the old name
     is_renamed = 'forward_sync_buffers' in inspect.signature(DDP).parameters
     sync_buffers = 'forward_sync_buffers' if is_renamed else 'broadcast_buffers'
     # gradients stay in the buckets that the processes exchange
-    ddp_model = DDP(eval_model, gradient_as_bucket_view=True, **{sync_buffers: False})
-    return raw_model, ddp_model, eval_model
+    return raw_model, DDP(model, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
-def shard(model, device, dtype, compile):
+def shard(model, device, dtype):
     """
     Divides the parameters of a GPT among the processes. A block is gathered where it is computed.
     Gradients are reduced after every micro-batch, so that no process holds all of them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    whole = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     mesh = init_device_mesh(device.partition(':')[0], (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
-    if dtype == 'bfloat16':
-        # autocast computes with the same numbers; gathering them takes half the time
+    if dtype == 'bfloat16' and device.startswith('cuda'):
+        # gathering takes half the time; autocast casts to bfloat16 anyway, except weights of norms
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        if compile:
-            block.attn.compile()
-            block.mlp.compile()
-        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)  # gathered together
-    fully_shard(model, mesh=mesh)  # the rest, in float32: embeddings, norms and lm_head
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # the rest, in float32: embeddings, the last norm and lm_head
+    if not is_first_process():
+        model.to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(shard_like(broadcast_tensor(whole[name]), tensor))
 
 
 def is_sharded(tensor):

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from components.errors import UserError
+from components.tokenizer import has_tokenizer, hf_spec
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_VOCAB_SIZES = range(50257, 50304 + 1)  # GPT-2's, and padded to a multiple of 64
 GELU_FORMS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
 CONV1D_WEIGHTS = ('c_attn.weight', 'c_fc.weight', 'c_proj.weight')
 
@@ -130,6 +132,18 @@ def read_weights(name):
         missing = ', '.join(sorted(info['missing_keys']))
         raise UserError(f'{name} lacks the weights {missing:.200}')
     return hf_model.state_dict()
+
+
+def load_gpt2_spec(name, vocab_size):
+    """
+    The spec (see tokenizer.py) of the tokenizer of a model that load_gpt2() loads; None if it has
+    none, and its vocabulary is not GPT-2's. Raises UserError if it cannot be read.
+    """
+    if name in GPT2_NAMES:
+        return {'kind': 'gpt2'}
+    if os.path.isdir(name) and not has_tokenizer(name):
+        return {'kind': 'gpt2'} if vocab_size in GPT2_VOCAB_SIZES else None
+    return hf_spec(name)
 
 
 # -----------------------------------------------------------------------------

@@ -81,8 +81,13 @@ class Log:
     def open_wandb(self, config, run_id, tokenizer):
         import wandb
         run_id = os.environ.get('WANDB_RUN_ID', run_id)  # of a run that another script began
-        self.wandb = wandb.init(project=config['wandb_project'], name=config['wandb_run_name'],
-                                config=config, resume='allow', id=run_id)
+        try:
+            self.wandb = wandb.init(
+                project=config['wandb_project'], name=config['wandb_run_name'] or None,
+                config=config, resume='allow', id=run_id)
+        except wandb.errors.Error as error:
+            raise UserError(f'wandb: {error} Run `wandb login` once, or record the run here with '
+                            'WANDB_MODE=offline before the command') from None
         self.wandb.define_metric('*', step_metric='iter')
         if tokenizer is None or config['fsdp']:  # this process cannot sample without the others
             return

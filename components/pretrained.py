@@ -9,14 +9,12 @@ from typing import NamedTuple
 import torch
 
 from components.checkpoint import find_checkpoint, load_checkpoint, load_weights, map_values
-from components.distributed import broadcast, broadcast_tensor, is_first_process
+from components.distributed import broadcast, is_first_process
 from components.errors import UserError
-from components.huggingface import GPT2_NAMES
+from components.huggingface import GPT2_NAMES, GPT2_VOCAB_SIZES, load_gpt2_spec
 from components.settings import model_config
-from components.tokenizer import has_tokenizer, hf_spec, load_meta, tokenizer_spec
+from components.tokenizer import load_meta, tokenizer_spec
 from model import GPT
-
-GPT2_VOCAB_SIZE = 50257
 
 
 class ModelLocation(NamedTuple):
@@ -109,11 +107,22 @@ def load_model(location, dropout=None, mmap=False):
     return model, checkpoint
 
 
-def load_model_everywhere(location, dropout):
+def new_model(config, fsdp=False):
+    """
+    A GPT with new weights. With fsdp these exist in the first process alone, and in the others the
+    model is on the meta device: distributed.parallelize() gives each process its part.
+    """
+    if fsdp and not is_first_process():
+        with torch.device('meta'):
+            return GPT(config)
+    return GPT(config)
+
+
+def load_model_everywhere(location, dropout, fsdp):
     """
     load_model() for a job of several processes, of which the first alone needs the files: the
-    others receive the weights, and the checkpoint with meta tensors for its larger tensors
-    (distributed.broadcast_tensor() gets these).
+    others get a new model, to which distributed.parallelize() copies the weights, and the
+    checkpoint with meta tensors for its larger tensors (distributed.broadcast_tensor() gets these).
     """
     model = None
     checkpoint = None
@@ -122,12 +131,9 @@ def load_model_everywhere(location, dropout):
         model, checkpoint = load_model(location, dropout)
         config = model.config
     config, outline = broadcast((config, map_values(without_data, checkpoint)))
-    if not is_first_process():
-        model = GPT(config)
-        checkpoint = outline
-    for p in model.parameters():
-        p.data = broadcast_tensor(p.data)
-    return model, checkpoint
+    if is_first_process():
+        return model, checkpoint
+    return new_model(config, fsdp), outline
 
 
 def without_data(value):
@@ -153,34 +159,22 @@ def load_tokenizer_spec(location, model, checkpoint, required=True):
     Raises:
         UserError: if the tokenizer is missing, broken, or of another vocabulary
     """
+    vocab_size = model.config.vocab_size
+    message = f'{location.name} has a vocabulary of {vocab_size} and no tokenizer'
     if location.kind == 'huggingface':
-        return huggingface_spec(location.name)
+        spec = load_gpt2_spec(location.name, vocab_size)
+        if required and spec is None:
+            raise UserError(f'{message}; save its tokenizer.json there')
+        return spec
 
-    dataset = checkpoint.get('config', {}).get('dataset')
+    dataset = checkpoint.get('config', {}).get('dataset', '')
     spec = checkpoint.get('tokenizer')
     if spec is None:
-        spec = dataset_spec(dataset)
+        spec = tokenizer_spec(load_meta(dataset))
     is_missing = required and spec is None
     # without meta.pkl a dataset is assumed to be in GPT-2's tokens, but the file may be deleted
-    is_mistaken = spec == {'kind': 'gpt2'} and model.config.vocab_size < GPT2_VOCAB_SIZE
+    is_mistaken = spec == {'kind': 'gpt2'} and vocab_size < GPT2_VOCAB_SIZES.start
     if is_missing or is_mistaken:
-        raise UserError(f'{location.name} has a vocabulary of {model.config.vocab_size} and no '
-                        f'tokenizer, and stoi and itos are missing in the meta.pkl of '
-                        f'dataset={dataset}; run its prepare.py')
+        raise UserError(f'{message}, and the meta.pkl of dataset={dataset} has no itos with a text '
+                        'for each id; run its prepare.py')
     return spec
-
-
-def huggingface_spec(name):
-    """ The spec of a Hugging Face model; GPT-2's if its directory has no tokenizer. """
-    if name in GPT2_NAMES:
-        return {'kind': 'gpt2'}
-    if os.path.isdir(name) and not has_tokenizer(name):
-        return {'kind': 'gpt2'}
-    return hf_spec(name)
-
-
-def dataset_spec(dataset):
-    """ The spec of a dataset; GPT-2's if it has no meta.pkl, or if no dataset is named. """
-    if not dataset:
-        return tokenizer_spec(None)
-    return tokenizer_spec(load_meta(dataset))

@@ -6,6 +6,7 @@ and which files exist (dataset.py, checkpoint.py).
 """
 import math
 import os
+import shlex
 from dataclasses import fields
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ import torch
 
 from components.dataset import largest_id
 from components.device import has_fbgemm, missing_for_compile
+from components.distributed import is_first_process
 from components.errors import UserError
-from components.tokenizer import has_tokenizer, hf_spec, tokens_of
+from components.huggingface import load_gpt2_spec
+from components.tokenizer import has_tokens_of
 from model import GPTConfig
 
 # of all scripts: the lowest value, and what a value has to be below
@@ -177,13 +180,19 @@ def check_fit(model, location, checkpoint, data, vocab_size, spec, settings):
     """
     dataset = settings['dataset']
     block_size = settings['block_size']
-    is_gpt2 = spec == {'kind': 'gpt2'}  # whose padded size a model need not have
-    if checkpoint is not None and checkpoint.get('tokenizer'):
-        require(checkpoint['tokenizer'] == spec,
-                f'the vocabulary of {location.name} differs from that of dataset={dataset}; set '
-                'the --dataset that it was trained on')
+    own_spec = None  # of the model's tokenizer, if it is known
+    if checkpoint is not None:
+        own_spec = checkpoint.get('tokenizer')
+    elif location.kind == 'huggingface' and is_first_process():  # the others may lack its files
+        own_spec = load_gpt2_spec(location.name, model.config.vocab_size)
+    if own_spec and spec:
+        tokenizer = 'gpt2' if own_spec['kind'] == 'gpt2' else shlex.quote(location.name)
+        require(has_tokens_of(own_spec, spec),
+                f'dataset={dataset} has other tokens than {location.name}; prepare text for it: '
+                f'python data/custom/prepare.py --source=FILE --name=NAME --tokenizer={tokenizer}')
     num_needed = max(largest_id(ids) + 1 for ids in data.values())
-    if not is_gpt2:
+    # GPT-2's models differ in padding, others may lack special tokens that are in no text
+    if spec != {'kind': 'gpt2'} and location.kind != 'huggingface':
         num_needed = max(num_needed, vocab_size)
     require(model.config.vocab_size >= num_needed,
             f'{location.name} has a vocabulary of {model.config.vocab_size}, and dataset={dataset} '
@@ -192,12 +201,6 @@ def check_fit(model, location, checkpoint, data, vocab_size, spec, settings):
     require(block_size <= context,
             f'block_size={block_size} is more than the {context} of {location.name}; set '
             f'--block_size={context}')
-    if location.kind != 'huggingface' or is_gpt2 or not has_tokenizer(location.name):
-        return
-    tokens = tokens_of(spec)
-    require(not tokens or tokens == tokens_of(hf_spec(location.name)),
-            f'dataset={dataset} has other tokens than {location.name}; data/custom/prepare.py '
-            f'--tokenizer={location.name} prepares text for it')
 
 # -----------------------------------------------------------------------------
 # the other scripts

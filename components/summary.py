@@ -5,6 +5,7 @@ Not here: the lines of an iteration (train.py), log.csv (log.py).
 """
 import math
 import os
+import shlex
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -110,12 +111,13 @@ def best_loss(progress):
     return text
 
 
-def closing_line(config, progress, checkpoints, stop, clock):
+def closing_line(config, tokenizer, progress, checkpoints, stop, clock):
     """
     What a run did, and the next command.
 
     Args:
         config: dict of settings
+        tokenizer: spec of the dataset's tokenizer, or None
         progress: the Progress of the run
         checkpoints: its Checkpoints
         stop: its StopConditions
@@ -123,7 +125,7 @@ def closing_line(config, progress, checkpoints, stop, clock):
     """
     iter_num = progress.iter_num
     num_iters = iter_num - clock.first_iter
-    next_step = what_to_do(config, checkpoints, stop)
+    next_step = what_to_do(config, tokenizer, checkpoints, stop)
     if stop.reason:
         return f'{stop.reason} at iteration {iter_num:,}; {next_step}'
     if num_iters == 0:
@@ -133,11 +135,13 @@ def closing_line(config, progress, checkpoints, stop, clock):
     return f'{num_iters:,} iterations in {duration}, {best_loss(progress)}; {next_step}'
 
 
-def what_to_do(config, checkpoints, stop):
+def what_to_do(config, tokenizer, checkpoints, stop):
     if checkpoints.error:
         return f'NOT SAVED: {checkpoints.error}'
+    if not stop.reason and tokenizer is None:
+        return 'without a tokenizer in meta.pkl it cannot be sampled'
     if not stop.reason:
-        return f'try: python sample.py --out_dir={config["out_dir"]}'
+        return f'try: python sample.py --out_dir={shlex.quote(config["out_dir"])}'
     command = 'NOT SAVED; start again'
     if checkpoints.saved_iter > 0:
         command = f'--init_from=resume continues from iteration {checkpoints.saved_iter:,}'

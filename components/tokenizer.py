@@ -14,15 +14,17 @@ A dataset has a data/<dataset>/meta.pkl unless its tokens are GPT-2's:
 
 Not here: how a text is encoded on all cores (text_to_bins.py), and reading token ids (dataset.py).
 """
-import json
-import os
 import pickle
 from pathlib import Path
+
+import numpy as np
 
 from components.errors import UserError
 
 DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
 MAX_VOCAB_SIZE = 2**16  # bins store token ids as uint16
+END_TOKENS = ('<|endoftext|>', '</s>', '<eos>', '[EOS]', '[SEP]')  # of tokenizers that name none
+GPT2_TOKENS = {'\u0120the': 262, '<|endoftext|>': 50256}  # enough to tell them from others
 
 # -----------------------------------------------------------------------------
 # tokenizers
@@ -126,61 +128,100 @@ def hf_spec(name):
     The spec of the tokenizer of a Hugging Face directory, or of a model on the hub. Raises
     UserError if there is none that a tokenizer.json can hold.
     """
-    from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        content = tokenizer.backend_tokenizer.to_str()
+        tokenizer = load_hf_tokenizer(name)
+        backend = tokenizer.backend_tokenizer
+        if not backend.get_vocab(with_added_tokens=False):  # transformers found no file
+            raise ValueError('no vocabulary that its tokenizer class reads')
     except Exception as error:  # damaged files raise any exception
-        raise UserError(f'{name}: no tokenizer that tokenizer.json can hold ({error})') from None
-    return {'kind': 'hf', 'json': content, 'end': tokenizer.eos_token_id}
+        reason = str(error).partition('\n')[0]
+        raise UserError(
+            f'{name}: no tokenizer that tokenizer.json can hold ({reason:.200}); add that file '
+            '(transformers converts a sentencepiece model whose tokenizer_class is named in '
+            'tokenizer_config.json, after pip install sentencepiece)') from None
+    vocabulary = backend.get_vocab()
+    for token in (tokenizer.eos_token, *END_TOKENS):
+        if token in vocabulary:
+            backend.add_special_tokens([token])  # it keeps its id
+            return {'kind': 'hf', 'json': backend.to_str(), 'end': vocabulary[token]}
+    return {'kind': 'hf', 'json': backend.to_str(), 'end': None}
+
+
+def load_hf_tokenizer(name):
+    """ The tokenizer of transformers for a directory, or for a model on the hub. """
+    import transformers
+    transformers.logging.set_verbosity_error()
+    folder = Path(name)
+    if (folder / 'tokenizer.json').exists():  # a GPT2Tokenizer would read its vocabulary alone
+        return transformers.PreTrainedTokenizerFast.from_pretrained(name)
+    configs = [path.read_text(encoding='utf-8') for path in folder.glob('*config.json')]
+    if not any('"tokenizer_class"' in config for config in configs):
+        # a vocabulary as the library tokenizers saves it
+        if (folder / 'merges.txt').exists():  # without None, <|endoftext|> would be added
+            return transformers.GPT2Tokenizer.from_pretrained(
+                name, bos_token=None, eos_token=None, unk_token=None)
+        if (folder / 'vocab.txt').exists():
+            return transformers.BertTokenizer.from_pretrained(name)
+    return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def has_tokenizer(folder):
     """ Whether a Hugging Face directory has a tokenizer beside its model. """
-    names = ('tokenizer.json', 'vocab.json')
-    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+    names = ('tokenizer.json', 'vocab.json', 'vocab.txt', '*.model')
+    return any(any(Path(folder).glob(name)) for name in names)
 
 
 def tokens_of(spec):
-    """ The tokens of a tokenizer, to compare it with another; None where they are unknown. """
-    if spec is None or spec['kind'] == 'gpt2':
-        return None
-    if spec['kind'] == 'hf':
-        return json.loads(spec['json'])['model']['vocab']
-    return {character: i for i, character in enumerate(spec['itos'])}
+    """ {token: id} of a tokenizer, for has_tokens_of(). """
+    if spec['kind'] == 'gpt2':
+        return GPT2_TOKENS
+    if spec['kind'] == 'char':
+        return {character: i for i, character in enumerate(spec['itos'])}
+    vocabulary = get_tokenizer(spec).tokenizer.get_vocab()
+    is_gpt2 = GPT2_TOKENS.items() <= vocabulary.items()
+    return GPT2_TOKENS if is_gpt2 else vocabulary
+
+
+def has_tokens_of(spec, other):
+    """ Whether a tokenizer has all tokens of another one, with the same ids. Takes specs. """
+    return spec == other or tokens_of(other).items() <= tokens_of(spec).items()
 
 # -----------------------------------------------------------------------------
 # meta.pkl
 
 
 class _PlainDataUnpickler(pickle.Unpickler):
-    """ Refuses every class and function, so that loading a file cannot run code. """
+    """
+    Refuses every class and function but those of an OrderedDict and of NumPy numbers, so that
+    loading a file cannot run code.
+    """
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it contains code ({module}.{name}), which was not run')
+        module = module.replace('numpy.core', 'numpy._core')  # the name before NumPy 2
+        if (module, name) not in PLAIN_DATA:
+            raise pickle.UnpicklingError(f'it contains code ({module}.{name}), which was not run')
+        return super().find_class(module, name)
+
+
+PLAIN_DATA = {('collections', 'OrderedDict'), ('numpy', 'dtype'),
+              ('numpy._core.multiarray', 'scalar')}
 
 
 def _check_meta(meta):
-    """ Checks the content of meta.pkl and makes `itos`, which may be a dict, a list. """
+    """ Checks the content of meta.pkl, of which training requires vocab_size alone. """
     vocab_size = meta['vocab_size']
-    if type(vocab_size) is not int or not 0 < vocab_size <= MAX_VOCAB_SIZE:
+    if not isinstance(vocab_size, (int, np.integer)) or not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f'vocab_size={vocab_size!r} must be from 1 to {MAX_VOCAB_SIZE:,} (uint16)')
-    if 'itos' in meta:
-        itos = [meta['itos'][i] for i in range(len(meta['itos']))]
-        if not all(type(character) is str for character in itos):
-            raise ValueError('itos holds something other than text')
-        meta['itos'] = itos
-    spec = meta.get('tokenizer')
-    if spec is not None:
-        if spec['kind'] != 'hf':
-            raise ValueError(f"tokenizer is of kind {spec['kind']!r}, not 'hf'")
-        get_tokenizer(spec)  # raises if its JSON is damaged
+    meta['vocab_size'] = int(vocab_size)
+    spec = tokenizer_spec(meta)
+    if spec is not None and spec['kind'] == 'hf':
+        get_tokenizer(spec)  # raises if it is damaged
 
 
 def load_meta(dataset):
     """
-    The content of a dataset's meta.pkl, with `itos` as a list; None if the dataset has no meta.pkl.
-    Raises UserError if the file is damaged, contains code, or holds something else.
+    The content of a dataset's meta.pkl; None if the dataset has no meta.pkl. Raises UserError if
+    the file is damaged, contains code, or has no vocab_size.
     """
     path = DATA_DIR / dataset / 'meta.pkl'
     if not path.exists():
@@ -208,9 +249,17 @@ def meta_of(spec, vocab_size):
 
 
 def tokenizer_spec(meta):
-    """ The inverse of `meta_of`: a tokenizer's spec; None if `meta` has only a vocab_size. """
-    if meta is None:
+    """ The inverse of `meta_of`: a tokenizer's spec; None if `meta` has no text for each id. """
+    if meta is None or meta.get('tokenizer') == 'gpt2':  # a name, as others write it
         return {'kind': 'gpt2'}
-    if 'itos' in meta:
-        return {'kind': 'char', 'itos': meta['itos']}
-    return meta.get('tokenizer')
+    spec = meta.get('tokenizer')
+    if isinstance(spec, dict) and spec.get('kind') == 'hf':
+        return spec
+    itos = meta.get('itos')  # a list, or a dict
+    try:
+        characters = [itos[i] for i in range(len(itos))]
+    except (KeyError, TypeError):  # ids with gaps, or no itos
+        return None
+    if not characters or not all(isinstance(character, str) for character in characters):
+        return None
+    return {'kind': 'char', 'itos': [str(character) for character in characters]}

@@ -82,6 +82,9 @@ def test_value(configure, argument, expected):
     pytest.param('import numpy as np\nrate = np.float64(0.5)\nsize = np.int64(3)\n',
                  dict(rate=0.5, size=3), id='numpy numbers'),
     pytest.param('compile = False\n', dict(compile=False), id='auto'),
+    pytest.param('size = 5020 * 0.02\nname = None\n', dict(size=100, name=''), id="nanoGPT's"),
+    pytest.param('import numpy as np\nsize = np.float64(2.6)\n', dict(size=3), id='numpy, rounded'),
+    pytest.param('size = 2.0\n', dict(size=2), id='whole'),
     pytest.param('sizes = 5\nsize = 2 * sizes\n', dict(size=10), id='helper like its setting'),
     pytest.param('del size\nflag = True\n', dict(flag=True), id='deleted setting'),
 ])
@@ -130,7 +133,8 @@ def test_last_argument_counts(configure, tmp_path, arguments, size):
     ('exception.py', 'exception.py, line 2: ZeroDivisionError'),
     ('misspelt.py', "misspelt.py: unknown setting 'sizes'; did you mean 'size'"),
     ('type.py', "type.py: size .*not 'big'"),
-    ('none.py', 'none.py: name .*string, not None'),
+    ('none.py', 'none.py: size .*integer, not None'),
+    ('infinite.py', 'infinite.py: size .*integer, not inf'),
     ('nowhere.py', "'nowhere.py' does not exist; .*--key=value"),
     ('folder.py', "'folder.py' does not exist; .*--key=value"),
     ('a.txt', "'a.txt' does not end in .py; .*--key=value"),
@@ -140,7 +144,8 @@ def test_last_argument_counts(configure, tmp_path, arguments, size):
 def test_refuses(configure, tmp_path, capsys, argument, pattern):
     """ One line and exit code 2. """
     files = {'syntax.py': '\nsize = (\n', 'exception.py': '\nsize = 1 / 0\n',
-             'misspelt.py': 'sizes = 5\n', 'type.py': 'size = "big"\n', 'none.py': 'name = None\n',
+             'misspelt.py': 'sizes = 5\n', 'type.py': 'size = "big"\n', 'none.py': 'size = None\n',
+             'infinite.py': 'size = float("inf")\n',
              'a.txt': 'size = 5\n', 'config/small.py': 'size = 5\n', 'folder.py/x': ''}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -62,6 +62,12 @@ def test_valid_bin(data_dir, ids, arguments):
     assert open_ids(data_dir, ids, **arguments).tolist() == list(ids)
 
 
+def test_block_size_that_fits_all_splits(data_dir):
+    np.arange(5, dtype='<u2').tofile(data_dir / 'val.bin')
+    with pytest.raises(UserError, match='8 tokens.* at most --block_size=4'):
+        open_ids(data_dir, range(8))
+
+
 @pytest.mark.parametrize('ids, dtype, arguments, message', [
     pytest.param([], '<u2', {}, '0 bytes', id='empty'),
     pytest.param([1] * 99, 'u1', {}, '99 bytes', id='half a token'),

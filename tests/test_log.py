@@ -234,6 +234,23 @@ def test_wandb_receives_evaluations_and_samples(make_log, wandb_run, tiny, monke
     assert all(module.training for module in tiny.modules())  # dropout is on again
 
 
+@pytest.mark.parametrize('error', ['UsageError', 'AuthenticationError', 'CommError'])
+def test_wandb_cannot_start(make_log, wandb_run, monkeypatch, error):
+    """ For example without a login and without a terminal that could ask for one. """
+    import wandb
+
+    def init(**arguments):
+        raise getattr(wandb.errors, error)('No API key configured.')
+    monkeypatch.setattr(wandb, 'init', init)
+    with pytest.raises(UserError, match='No API key configured. .*wandb login.*WANDB_MODE=offline'):
+        make_log(wandb_log=True)
+
+
+def test_wandb_chooses_a_name(make_log, wandb_run):
+    make_log(wandb_log=True, wandb_run_name='')
+    assert wandb_run.started[0]['name'] is None
+
+
 def test_wandb_of_a_run(wandb_run, run):
     run(max_iters=2, wandb_log=True)
     keys = {'iter', 'train/loss', 'val/loss', 'lr', 'mfu', 'samples'}

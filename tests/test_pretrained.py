@@ -157,11 +157,23 @@ def test_fine_tuning_gpt2_keeps_its_gelu(trainer, hf_directory):
 # -----------------------------------------------------------------------------
 # load_tokenizer_spec
 
-@pytest.mark.parametrize('name', ['gpt2-medium', 'hf'])
-def test_tokenizer_of_gpt2(hf_directory, name):
+def model_of(vocab_size):
+    return GPT(GPTConfig(block_size=2, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=1))
+
+
+@pytest.mark.parametrize('name, vocab_size', [('gpt2-medium', 50257), ('hf', 50257), ('hf', 50304)])
+def test_tokenizer_of_gpt2(hf_directory, name, vocab_size):
     """ The directory has no tokenizer. """
     location = ModelLocation('huggingface', name)
-    assert load_tokenizer_spec(location, model=None, checkpoint=None) == {'kind': 'gpt2'}
+    assert load_tokenizer_spec(location, model_of(vocab_size), None) == {'kind': 'gpt2'}
+
+
+@pytest.mark.parametrize('vocab_size', [50, 50256, 60000])
+def test_directory_without_a_tokenizer(hf_directory, vocab_size):
+    location = ModelLocation('huggingface', hf_directory)
+    assert load_tokenizer_spec(location, model_of(vocab_size), None, required=False) is None
+    with pytest.raises(UserError, match=f'hf has a vocabulary of {vocab_size} and no tokenizer; '):
+        load_tokenizer_spec(location, model_of(vocab_size), None)
 
 
 def test_tokenizer_of_a_directory(here):
@@ -170,7 +182,7 @@ def test_tokenizer_of_a_directory(here):
     hf_tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token='<end>')
     hf_tokenizer.save_pretrained('hf')
-    spec = load_tokenizer_spec(ModelLocation('huggingface', 'hf'), model=None, checkpoint=None)
+    spec = load_tokenizer_spec(ModelLocation('huggingface', 'hf'), model_of(2), None)
     assert (spec['kind'], spec['end']) == ('hf', 1)
     assert '"cat":0' in spec['json'].replace(' ', '')
 
@@ -189,8 +201,7 @@ def test_tokenizer_of_the_dataset(tiny, dataset):
     (50304, {'config': {'dataset': 'gone'}}, {'kind': 'gpt2'}),
 ], ids=str)
 def test_tokenizer_of_a_checkpoint(vocab_size, checkpoint, spec):
-    model = GPT(GPTConfig(block_size=2, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=1))
-    assert load_tokenizer_spec(CHECKPOINT, model, checkpoint) == spec
+    assert load_tokenizer_spec(CHECKPOINT, model_of(vocab_size), checkpoint) == spec
 
 
 @pytest.mark.parametrize('required', [True, False])

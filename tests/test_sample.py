@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT, run, train
 
@@ -107,6 +108,25 @@ def test_interactive(sample):
     assert [one['prompt'] for one in samples] == ['the cat', 'a']
     assert "sample.py: 'dg' is not in the vocabulary" in printed
     assert samples[1]['text'] in printed
+
+WORDS = tokenizers.models.WordLevel({'the': 0, 'cat': 1, '[UNK]': 2, '</s>': 3}, unk_token='[UNK]')
+WORDS = tokenizers.Tokenizer(WORDS).to_str()
+
+
+@pytest.mark.parametrize('tokenizer, prompt', [
+    pytest.param({'kind': 'char', 'itos': CHARACTERS}, '\n', id='newline'),
+    pytest.param({'kind': 'char', 'itos': list('ACGT')}, 'A', id='DNA'),
+    pytest.param({'kind': 'hf', 'json': WORDS, 'end': 3}, '</s>', id='words'),
+    pytest.param({'kind': 'hf', 'json': WORDS, 'end': None}, 'the', id='words without an end'),
+    pytest.param({'kind': 'hf', 'json': WORDS, 'end': 99}, 'the', id='no embedding of the end'),
+])
+def test_default_prompt(tmp_path, sample, tokenizer, prompt):
+    """ A newline, or what the model can read in its place, in one line. """
+    write_checkpoint(tmp_path, tokenizer=tokenizer)
+    samples, printed = sample()
+    assert samples[0]['prompt'] == prompt
+    line = f"start='\\n' is not in the vocabulary; starting with {prompt!r}\n"
+    assert (line in printed) == (prompt != '\n')
 
 # -----------------------------------------------------------------------------
 # settings

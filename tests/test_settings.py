@@ -183,7 +183,9 @@ def test_new_model_config():
 # a model and its dataset
 
 GPT2 = {'kind': 'gpt2'}
+AB = {'kind': 'char', 'itos': ['a', 'b']}
 ABC = {'kind': 'char', 'itos': ['a', 'b', 'c']}
+ABCD = {'kind': 'char', 'itos': ['a', 'b', 'c', 'd']}
 ACB = {'kind': 'char', 'itos': ['a', 'c', 'b']}
 
 
@@ -204,6 +206,8 @@ def fit(model_args, spec=ABC, checkpoint=None, location=('checkpoint', 'out/ckpt
     dict(model_args=dict(vocab_size=3), checkpoint={}),  # nanoGPT's
     dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': None}),
     dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': ABC}),
+    dict(model_args=dict(vocab_size=4), checkpoint={'tokenizer': ABCD}),
+    dict(model_args=dict(vocab_size=50257), spec=GPT2, location=('huggingface', 'gpt2-xl')),
     dict(model_args=dict(vocab_size=3), location=('scratch', 'scratch')),
 ])
 def test_model_fits_its_dataset(arguments):
@@ -214,24 +218,36 @@ def test_model_fits_its_dataset(arguments):
     (dict(model_args=dict(vocab_size=2), ids=[0]), 'out/ckpt.pt vocabulary 2 dataset=words 3'),
     (dict(model_args=dict(vocab_size=50257), spec=GPT2, ids=[7, 50299]), '50257 50300'),
     (dict(model_args=dict(vocab_size=3, block_size=8)), 'block_size=16 out/ckpt.pt --block_size=8'),
-    (dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': ACB}), 'vocabulary --dataset'),
-    (dict(model_args=dict(vocab_size=50304), checkpoint={'tokenizer': GPT2}), 'out/ckpt.pt words'),
+    (dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': ACB}),
+     'dataset=words out/ckpt.pt --tokenizer=out/ckpt.pt'),
+    (dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': AB}), '--tokenizer=out/ckpt.pt'),
+    (dict(model_args=dict(vocab_size=3), checkpoint={'tokenizer': ACB},
+          location=('resume', 'my run/ckpt.pt')), "--tokenizer='my run/ckpt.pt'"),
+    (dict(model_args=dict(vocab_size=50304), checkpoint={'tokenizer': GPT2}),
+     'dataset=words out/ckpt.pt --tokenizer=gpt2'),
+    (dict(model_args=dict(vocab_size=50257), location=('huggingface', 'gpt2')),
+     'dataset=words gpt2; --tokenizer=gpt2'),
 ])
 def test_model_does_not_fit_its_dataset(arguments, words):
     with refused(*words.split()):
         fit(**arguments)
 
 
-@pytest.mark.slow
-def test_tokens_of_a_hugging_face_model(tmp_path):
-    tokenizers = pytest.importorskip('tokenizers')
-    model = tokenizers.models.WordLevel({'a': 0, 'b': 1}, unk_token='a')
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.save(str(tmp_path / 'tokenizer.json'))
-    tokenizer_config = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
-    (tmp_path / 'tokenizer_config.json').write_text(tokenizer_config)
-    spec = {'kind': 'hf', 'json': tokenizer.to_str(), 'end': None}
-    location = ('huggingface', str(tmp_path))
-    fit(dict(vocab_size=3), spec=spec, location=location)
-    with refused('dataset=words', f'--tokenizer={tmp_path}'):
-        fit(dict(vocab_size=3), spec=ABC, location=location)
+@pytest.mark.parametrize('files, vocab_size, spec, words', [
+    pytest.param({'vocab.txt': 'a\nb\nc'}, 3, ABC, None, id='the same tokens'),
+    pytest.param({'vocab.txt': 'a\nc\nb'}, 3, ABC, 'dataset=words --tokenizer=', id='other tokens'),
+    pytest.param({'vocab.txt': 'a\nb\nc'}, 50257, GPT2, 'dataset=words --tokenizer=', id='GPT-2'),
+    pytest.param({}, 50304, ABC, 'dataset=words --tokenizer=gpt2', id="GPT-2's vocabulary"),
+    pytest.param({}, 3, ABC, None, id='unknown tokens'),
+    pytest.param({'spiece.model': ''}, 3, ABC, 'no tokenizer', id='damaged'),
+])
+def test_tokens_of_a_directory(tmp_path, files, vocab_size, spec, words):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    arguments = dict(model_args=dict(vocab_size=vocab_size), spec=spec,
+                     location=('huggingface', str(tmp_path)))
+    if words is None:
+        fit(**arguments)
+        return
+    with refused(*words.split()):
+        fit(**arguments)

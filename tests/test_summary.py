@@ -1,10 +1,13 @@
 """ components/summary.py: the lines before and after a run, and a loss in other units. """
 import math
+import pickle
 import re
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import SMALL
 
 from components import summary
 from components.checkpoint import Progress
@@ -105,6 +108,9 @@ def test_earlier_run_that_will_be_replaced(tmp_path, opening, name):
 @pytest.mark.parametrize('changes, expected', [
     pytest.param({}, '12 iterations in 0:01:15, best val loss 1.5000 at step 10; '
                      'try: python sample.py --out_dir=out', id='complete'),
+    pytest.param(dict(tokenizer=None), '.*; without a tokenizer', id='no tokenizer'),
+    pytest.param(dict(out_dir='my run'), ".*; try: python sample.py --out_dir='my run'$",
+                 id='name with a space'),
     pytest.param(dict(first_iter=2, best_val_iter=None),
                  '10 iterations in 0:01:15, best val loss 1.5000; try: ', id='resumed, of nanoGPT'),
     pytest.param(dict(error='no space'), '12 .*; NOT SAVED: no space$', id='not saved'),
@@ -125,8 +131,34 @@ def test_closing_line(changes, expected):
     values = SimpleNamespace(**{**values, **changes})
     values.seconds_of_process = lambda: 75.4
     progress = Progress(12, best_val_loss=1.5, best_val_iter=values.best_val_iter)
-    line = closing_line(CONFIG, progress, checkpoints=values, stop=values, clock=values)
+    config = {**CONFIG, 'out_dir': changes.get('out_dir', 'out')}
+    tokenizer = changes.get('tokenizer', {'kind': 'gpt2'})
+    line = closing_line(config, tokenizer, progress, checkpoints=values, stop=values, clock=values)
     assert re.match(expected, line)
+
+
+@pytest.mark.parametrize('text, itos', [
+    pytest.param('the cat\n', None, id='characters'),
+    pytest.param('GATTACA', None, id='DNA'),
+    pytest.param('GATTACA', {i: i for i in range(4)}, id='bytes, which no text is known of'),
+])
+def test_the_command_of_the_closing_line_runs(tmp_path, script_globals, capsys, text, itos):
+    characters = sorted(set(text))
+    ids = np.array([characters.index(character) for character in text * 10], np.uint16)
+    for split in ('train', 'val'):
+        ids.tofile(tmp_path / f'{split}.bin')
+    meta = {'vocab_size': len(characters), 'itos': itos or characters}
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    settings = {**SMALL, 'dataset': str(tmp_path), 'out_dir': 'my run', 'max_iters': 1}
+    script_globals('train.py', **settings)
+    printed = capsys.readouterr().out
+    _, found, command = printed.strip().rpartition('; try: ')
+    assert bool(found) == (itos is None)
+    if found:
+        python, script, *arguments = shlex.split(command)
+        assert python == 'python'
+        script_globals(script, *arguments, num_samples=1, max_new_tokens=3, device='cpu')
+        assert capsys.readouterr().out.endswith('---\n')
 
 # -----------------------------------------------------------------------------
 # a loss in other units

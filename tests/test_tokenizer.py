@@ -1,5 +1,6 @@
 """ Tokenizers encode and decode as their references do; their specs are plain data. """
 import pickle
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from components.errors import UserError
 from components.tokenizer import (
     get_tokenizer,
     has_tokenizer,
+    has_tokens_of,
     hf_spec,
     load_meta,
     meta_of,
     tokenizer_spec,
-    tokens_of,
 )
 
 GPT2 = {'kind': 'gpt2'}
@@ -88,14 +89,65 @@ def test_hf_spec_of_directory(tmp_path):
     assert get_tokenizer(spec).encode('a <end>', special=True) == [0, 2]
 
 
-@pytest.mark.parametrize('spec, tokens', [
-    (CHAR, {'\n': 0, 'a': 1, '\u00e9': 2, '\U0001f600': 3}),
-    (HF_RECORD, {'a': 0, 'b': 7}),
-    (GPT2, None),
-    (None, None),
+@pytest.mark.parametrize('files, text, ids, end', [
+    pytest.param({'vocab.txt': '[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n\u6211\n\u732b\ncat\n##s\n'},
+                 '\u6211\u732b Cats', [5, 6, 7, 8], 3, id='BERT'),
+    pytest.param({'vocab.json': '{"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}',
+                  'merges.txt': '#version: 0.2\na b\n'}, 'aba<|endoftext|>', [3, 1, 0], 0,
+                 id='byte-level BPE'),
+    pytest.param({'vocab.json': '{"a": 0, "b": 1, "ab": 2}', 'merges.txt': 'a b\n'}, 'aba', [2, 0],
+                 None, id='byte-level BPE without an end-of-text token'),
+    pytest.param({'tokenizer.json': HF.to_str().replace('<end>', '</s>')}, 'a b </s>', [0, 7, 2],
+                 2, id='tokenizer.json'),
 ])
-def test_tokens_of(spec, tokens):
-    assert tokens_of(spec) == tokens
+@pytest.mark.parametrize('config', [None, '{"model_type": "gpt2"}'], ids=['alone', 'GPT-2'])
+def test_hf_spec_of_a_vocabulary(tmp_path, files, text, ids, end, config):
+    """ As the library tokenizers saves it; alone, or beside a GPT-2, whose class is another. """
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding='utf-8')
+    if config is not None:
+        (tmp_path / 'config.json').write_text(config)
+    assert has_tokenizer(tmp_path)
+    spec = hf_spec(str(tmp_path))
+    assert spec['end'] == end
+    tokenizer = get_tokenizer(spec)
+    assert tokenizer.encode(text, special=True) == ids
+    assert tokenizer.vocab_size <= 9  # no token was added
+
+
+@pytest.mark.parametrize('names', [['spiece.model'], ['tokenizer.model'], ['vocab.json']])
+def test_hf_spec_of_a_file_that_cannot_be_read(tmp_path, names):
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
+    for name in names:
+        (tmp_path / name).write_text('{}')
+    assert has_tokenizer(tmp_path)
+    with pytest.raises(UserError, match='no tokenizer .* add that file .*sentencepiece'):
+        hf_spec(str(tmp_path))
+
+
+ABC = {'kind': 'char', 'itos': ['a', 'b', 'c']}
+AB = {'kind': 'char', 'itos': ['a', 'b']}
+HF_AB = {'kind': 'hf', 'json': HF.from_str(HF.to_str().replace('7', '1')).to_str(), 'end': 2}
+HF_GPT2_MODEL = tokenizers.models.WordLevel({'\u0120the': 262, '<|endoftext|>': 50256})
+HF_GPT2 = {'kind': 'hf', 'json': tokenizers.Tokenizer(HF_GPT2_MODEL).to_str(), 'end': 50256}
+
+
+@pytest.mark.parametrize('spec, other, expected', [
+    (ABC, ABC, True),
+    (ABC, AB, True),
+    (AB, ABC, False),
+    (AB, {'kind': 'char', 'itos': ['b', 'a']}, False),
+    (HF_AB, AB, True),
+    (HF_RECORD, AB, False),  # other ids
+    (GPT2, GPT2, True),
+    (GPT2, AB, False),
+    (ABC, GPT2, False),
+    (GPT2, HF_GPT2, True),  # a copy from the hub
+    (HF_GPT2, GPT2, True),
+    (HF_RECORD, GPT2, False),
+], ids=str)
+def test_has_tokens_of(spec, other, expected):
+    assert has_tokens_of(spec, other) == expected
 
 # -----------------------------------------------------------------------------
 # meta.pkl
@@ -117,11 +169,24 @@ def test_meta_is_that_of_nanogpt():
     pytest.param({'vocab_size': 9, 'itos': ['a', 'b']}, {'kind': 'char', 'itos': ['a', 'b']},
                  id='itos is a list, of a padded vocabulary'),
     pytest.param({'vocab_size': 300}, None, id='vocab_size alone'),
+    pytest.param({'vocab_size': np.int64(2), 'itos': {np.int32(0): 'a', np.int32(1): np.str_('b')}},
+                 {'kind': 'char', 'itos': ['a', 'b']}, id='NumPy'),
+    pytest.param(OrderedDict(vocab_size=2, itos=OrderedDict({1: 'b', 0: 'a'})),
+                 {'kind': 'char', 'itos': ['a', 'b']}, id='OrderedDict'),
+    pytest.param({'vocab_size': 2, 'itos': {0: 0, 1: 1}}, None, id='itos of bytes'),
+    pytest.param({'vocab_size': 2, 'itos': [b'a', b'b']}, None, id='itos of byte strings'),
+    pytest.param({'vocab_size': 3, 'itos': {0: 'a', 2: 'b'}}, None, id='itos with a gap'),
+    pytest.param({'vocab_size': 3, 'itos': {}}, None, id='empty itos'),
+    pytest.param({'vocab_size': 3, 'itos': None}, None, id='itos is None'),
+    pytest.param({'vocab_size': 50257, 'tokenizer': 'gpt2'}, GPT2, id='name of GPT-2'),
+    pytest.param({'vocab_size': 32000, 'tokenizer': 'sentencepiece'}, None, id='another name'),
+    pytest.param({'vocab_size': 9, 'tokenizer': {'type': 'bpe'}}, None, id='unknown tokenizer'),
 ])
 def test_load_meta(tmp_path, meta, spec):
     save_meta(tmp_path, meta)
     loaded = load_meta(tmp_path)
     assert loaded['vocab_size'] == meta['vocab_size']
+    assert type(loaded['vocab_size']) is int
     assert tokenizer_spec(loaded) == spec
 
 
@@ -140,13 +205,12 @@ class Bomb:
 
 @pytest.mark.parametrize('meta, message', [
     pytest.param({'vocab_size': 3, 'itos': Bomb()}, 'contains code', id='function'),
-    pytest.param({'vocab_size': np.int64(3)}, 'contains code', id='numpy number'),
+    pytest.param({'vocab_size': 3, 'itos': np.array(['a'])}, 'contains code', id='array'),
+    pytest.param({'vocab_size': 3.0}, 'vocab_size=3.0', id='float'),
+    pytest.param({'vocab_size': np.array}, 'contains code', id='function of NumPy'),
     pytest.param({'vocab_size': 2**16 + 1}, 'uint16', id='too large'),
     pytest.param({'vocab_size': 0}, 'vocab_size=0', id='empty'),
     pytest.param({'itos': ['a']}, 'KeyError', id='no vocab_size'),
-    pytest.param({'vocab_size': 1, 'itos': [b'a']}, 'other than text', id='bytes'),
-    pytest.param({'vocab_size': 2, 'itos': {0: 'a', 2: 'b'}}, 'KeyError', id='gap'),
-    pytest.param({'vocab_size': 1, 'tokenizer': {'kind': 'gpt2'}}, "kind 'gpt2'", id='kind'),
     pytest.param({'vocab_size': 1, 'tokenizer': {'kind': 'hf', 'json': '{', 'end': 0}},
                  'not a vocabulary', id='damaged tokenizer.json'),
     pytest.param(['a'], 'not a vocabulary', id='list'),
