@@ -21,7 +21,14 @@ from tqdm import tqdm
 from components.errors import UserError, one_line_errors
 from components.files import check_free_space, lock_directory, whole_file
 from components.text_sources import END_OF_DOCUMENT, ROWS_CACHE
-from components.tokenizer import MAX_VOCAB_SIZE, get_tokenizer, load_meta, meta_of, tokenizer_spec
+from components.tokenizer import (
+    MAX_VOCAB_SIZE,
+    get_tokenizer,
+    has_tokens_of,
+    load_meta,
+    meta_of,
+    tokenizer_spec,
+)
 
 SPLITS = ('train', 'val', 'test')
 BATCH_SIZE = 2**21  # characters that a worker encodes at a time
@@ -102,13 +109,14 @@ def write_bins(folder, splits, spec, num_characters, special=False):
 
 def _note_other_vocabulary(folder, spec):
     """ Prints a line if a model that was trained on the old bins cannot read the new ones. """
-    if not (folder / 'train.bin').exists():
-        return
+    old_spec = None
     with suppress(UserError):  # the old meta.pkl may be damaged
-        if tokenizer_spec(load_meta(folder)) != spec:
-            print(f'NOTE: the vocabulary of {folder} changes. A checkpoint that was trained on the '
-                  'old one cannot be resumed with it; for a text with the vocabulary of a '
-                  'checkpoint, set --tokenizer=PATH/ckpt.pt of data/custom/prepare.py')
+        old_spec = tokenizer_spec(load_meta(folder))
+    is_known = old_spec is not None and (folder / 'train.bin').exists()
+    if is_known and not has_tokens_of(old_spec, spec):
+        print(f'NOTE: the vocabulary of {folder} changes, and checkpoints of the old one cannot be '
+              'resumed with it; --tokenizer=PATH/ckpt.pt of data/custom/prepare.py prepares a text '
+              'with the vocabulary of a checkpoint')
 
 
 def _write_split(path, pool, texts, progress):
