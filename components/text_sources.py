@@ -110,13 +110,13 @@ def group_by_split(paths, source):
     """
     splits = {path: _named_split(path.relative_to(source)) for path in paths}
     numbers = Counter(splits.values())
-    if not numbers['val'] and not numbers['test']:
+    if numbers['val'] + numbers['test'] == 0:
         return {'train': paths}
-    if not numbers['train'] or numbers[None] > len(paths) / 2:
+    if numbers['train'] == 0 or numbers[None] > len(paths) / 2:
         print('NOTE: names of files that say val or test do not count, because none says train, '
               'or most say no split')
         return {'train': paths}
-    print('files by their names:', ', '.join(f'{numbers[split]:,} {split}' for split in numbers))
+    print('files by their names:', ', '.join(f'{numbers[name]:,} {name}' for name in numbers))
     groups = {}
     for path in paths:
         groups.setdefault(splits[path] or 'train', []).append(path)

@@ -83,7 +83,6 @@ def write_bins(folder, splits, spec, num_characters, special=False):
                         f'{MAX_VOCAB_SIZE:,} (uint16); choose another tokenizer')
     tokens_per_character = 1 if spec['kind'] == 'char' else 0.25
     check_free_space(folder, 2 * tokens_per_character * num_characters)
-    _note_other_vocabulary(folder, spec)
 
     seconds = 0.1 if sys.stderr.isatty() else 30  # between updates, which are lines of a log file
     progress = tqdm(total=num_characters, unit=' characters', unit_scale=True, mininterval=seconds)
@@ -95,6 +94,7 @@ def write_bins(folder, splits, spec, num_characters, special=False):
                 num_tokens[split] = _write_split(temporary, pool, texts, progress)
                 if num_tokens[split] == 0:
                     raise UserError(f'{folder}: no text is left for {split}.bin')
+        _note_other_vocabulary(folder, spec)
         _write_meta(folder, meta_of(spec, vocab_size), files)
         # Here the temporary files are renamed, the last one first: meta.pkl, then the bins
 

@@ -135,16 +135,6 @@ def divide(paths, train_sizes, split):
             has_part = False
 
 
-def make_splits(groups, sizes):
-    """ The splits of files that are grouped by split; without any for validation, of `sizes`. """
-    splits = {split: read_files(paths, key) for split, paths in groups.items()}
-    if 'val' not in groups:
-        train_sizes = choose_train_sizes(sizes)
-        for split in ('train', 'val'):
-            splits[split] = divide(groups['train'], train_sizes, split)
-    return splits
-
-
 def end_with_newline(texts):
     """ A stream in which each document ends with a newline, and nothing else marks its end. """
     last = ''
@@ -224,7 +214,11 @@ if __name__ == '__main__':
         if has_marks and tokenizer == 'char':
             characters.add('\n')
         spec = make_spec(characters)
-        splits = make_splits(groups, sizes['train'])
+        splits = {split: read_files(groups[split], key) for split in groups}
+        if 'val' not in groups:
+            train_sizes = choose_train_sizes(sizes['train'])
+            for split in ('train', 'val'):
+                splits[split] = divide(groups['train'], train_sizes, split)
         if has_marks and get_tokenizer(spec).end_of_text is None:
             print(f'{tokenizer} has no end-of-text token; each document ends with a newline')
             splits = {split: end_with_newline(texts) for split, texts in splits.items()}
