@@ -105,22 +105,24 @@ SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 def group_by_split(paths, source):
     """
     {'train', 'val' or 'test': paths}, by a word in the name of each file, or else of its folder in
-    `source`; files without such a word are for training. Unless one says train and most files have
-    such a word, all are for training.
+    `source`, if all files have such a word, or most have one and it says train and val: a folder of
+    code may have a train.py and many test_*.py. The others, or else all files, are for training.
     """
     splits = {path: _named_split(path.relative_to(source)) for path in paths}
     numbers = Counter(splits.values())
     if numbers['val'] + numbers['test'] == 0:
         return {'train': paths}
-    if numbers['train'] == 0 or numbers[None] > len(paths) / 2:
+    allowed = len(paths) / 2 if numbers['val'] else 0
+    if numbers['train'] == 0 or numbers['other'] > allowed:
         print('NOTE: names of files that say val or test do not count, because none says train, '
-              'or most say no split')
+              'or others say no split')
         return {'train': paths}
     print('files by their names:', ', '.join(f'{numbers[name]:,} {name}' for name in numbers))
     groups = {}
     for path in paths:
-        groups.setdefault(splits[path] or 'train', []).append(path)
-    return groups
+        split = splits[path] if splits[path] != 'other' else 'train'
+        groups.setdefault(split, []).append(path)
+    return {split: groups[split] for split in ('train', 'val', 'test') if split in groups}
 
 
 def _named_split(path):
@@ -129,7 +131,7 @@ def _named_split(path):
         splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
         if len(splits) == 1:
             return splits.pop()
-    return None
+    return 'other'
 
 # -----------------------------------------------------------------------------
 # documents

@@ -122,14 +122,17 @@ def test_find_files_lists_what_it_skips(folder, capsys):
     ('x_training_1.txt', '', 'x_test_1.txt'),
     ('train.txt contest.txt devices.txt valid_train.txt', '', ''),
     ('val.txt test.txt', '', ''),
-    ('train.py test_a.py b.py c.py d.py', '', ''),
+    ('train.txt readme.txt', 'valid.txt', ''),
+    ('train.py test_a.py test_b.py b.py', '', ''),
+    ('train.py val.py b.py c.py d.py', '', ''),
 ])
 def test_group_by_split(tmp_path, train, val, test):
     expected = {}
     for split, names in (('train', train), ('val', val), ('test', test)):
         if names:
             expected[split] = [tmp_path / 'test' / name for name in names.split()]
-    paths = [path for group in expected.values() for path in group]
+    paths = sorted(path for group in expected.values() for path in group)
+    expected = {split: sorted(group) for split, group in expected.items()}
     assert group_by_split(paths, tmp_path / 'test') == expected
 
 
