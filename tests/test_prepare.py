@@ -448,7 +448,7 @@ def test_custom_hugging_face_tokenizer_trained_and_sampled(tmp_path, prepare, bp
 @pytest.mark.usefixtures('gpt2', 'bpe')
 def test_custom_printed_commands(tmp_path, prepare, settings, num_commands):
     """ They train, here for one iteration: of a short text, and with spaces in names. """
-    text = prose(900)
+    text = prose(400)
     (tmp_path / 'my text.txt').write_text(text)
     shutil.copytree(tmp_path / 'hf', tmp_path / 'my hf')
     for folder, vocab_size in (('my hf', 300), ('fake gpt2', 50257)):
