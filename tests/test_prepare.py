@@ -374,6 +374,7 @@ def test_custom_vocabulary_of_a_model(clone, tmp_path, prepare, gpt2, tokenizer)
     pytest.param(dict(source='a.json', key='b'), "no key 'b', only 'content'.*--key=", id='key'),
     pytest.param(dict(tokenizer='good.txt'), 'good.txt is not a .*checkpoint', id='no checkpoint'),
     pytest.param(dict(tokenizer=''), "tokenizer=''", id='empty tokenizer'),
+    pytest.param(dict(tokenizer='holmes'), "tokenizer='holmes'", id='dataset without bins'),
     pytest.param(dict(source='latin.txt'), 'line 1: not in UTF-8', id='not in UTF-8'),
     pytest.param(dict(source='empty.txt'), 'no text', id='no text'),
 ])

@@ -57,8 +57,8 @@ def check_settings(folder):
         raise UserError(f'name={name!r} must be the name of a folder in data/, or an absolute path')
     if folder != FOLDER and (folder / 'prepare.py').exists():
         raise UserError(f'{folder} belongs to another prepare.py; choose another --name')
-    is_path = os.path.exists(tokenizer) or (DATA_DIR / tokenizer).exists()
-    if tokenizer not in ('gpt2', 'char') and not (tokenizer and is_path):
+    exists = os.path.exists(tokenizer) or (DATA_DIR / tokenizer / 'train.bin').exists()
+    if tokenizer not in ('gpt2', 'char') and not exists:
         raise UserError(f'tokenizer={tokenizer!r} must be gpt2, char, a Hugging Face directory, a '
                         'checkpoint, or a dataset')
 
