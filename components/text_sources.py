@@ -6,9 +6,13 @@ document may come in several pieces.
 
 Not here: how texts become token ids (text_to_bins.py).
 """
+import csv
 import json
 import os
+import re
 import urllib.request
+from array import array
+from collections import Counter
 from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
@@ -58,25 +62,28 @@ def find_files(source, suffixes, prefix=''):
     if not source.exists():
         raise UserError(f'{source} does not exist')
     if source.is_file():
-        if '.txt' in suffixes:
-            return [source]  # a text file may have any name
         candidates = [source]
     elif prefix:
         candidates = list(source.glob(f'{prefix}*'))
     else:
         candidates = _files_below(source)
-    found = sorted(path for path in candidates if _is_wanted(path, suffixes))
+    found = []
+    skipped = Counter()
+    for path in sorted(candidates):
+        if path.name.startswith('.') or not path.is_file():
+            skipped['hidden or no file'] += 1
+        elif path.suffix.lower() in suffixes:
+            found.append(path)
+        else:
+            skipped[path.suffix.lower() or 'without a suffix'] += 1
+    listing = ', '.join(f'{number:,} {kind}' for kind, number in skipped.most_common(10))
     if not found:
         patterns = ' or '.join(f'{prefix}*{suffix}' for suffix in suffixes)
-        raise UserError(f'{source}: no {patterns} in it')
-    if len(found) < len(candidates):
-        print(f'{len(candidates) - len(found):,} hidden files or files of other kinds are skipped')
+        raise UserError(f'{source}: no {patterns} in it, only: {listing or "nothing"}; '
+                        'data/custom/prepare.py reads other texts with --suffixes=.md,.py')
+    if skipped:
+        print(f'skipped files: {listing}')
     return found
-
-
-def _is_wanted(path, suffixes):
-    is_hidden = path.name.startswith('.')
-    return path.suffix.lower() in suffixes and not is_hidden and path.is_file()
 
 
 def _files_below(source):
@@ -91,81 +98,168 @@ def _files_below(source):
     return files
 
 
-def read_texts(path):
-    """
-    The documents of a file as a stream of texts: the column `text` of each row of a .parquet file,
-    the key `text` of each line of a .jsonl file; any other file is one document in UTF-8. Raises
-    UserError with the row or line that cannot be read.
-    """
-    if path.suffix.lower() == '.parquet':
-        return _read_parquet(path)
-    if path.suffix.lower() == '.jsonl':
-        return _read_jsonl(path)
-    return _read_txt(path)
+SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val',
+               'validation': 'val', 'dev': 'val', 'test': 'test'}
 
 
-def _read_parquet(path):
+def group_by_split(paths, source):
+    """
+    {'train', 'val' or 'test': paths}, by a word in the name of each file, or else of its folder in
+    `source`, if all files have such a word, or most have one and it says train and val: a folder of
+    code may have a train.py and many test_*.py. The others, or else all files, are for training.
+    """
+    splits = {path: _named_split(path.relative_to(source)) for path in paths}
+    numbers = Counter(splits.values())
+    if numbers['val'] + numbers['test'] == 0:
+        return {'train': paths}
+    allowed = len(paths) / 2 if numbers['val'] else 0
+    if numbers['train'] == 0 or numbers['other'] > allowed:
+        print('NOTE: names of files that say val or test do not count, because none says train, '
+              'or others say no split')
+        return {'train': paths}
+    print('files by their names:', ', '.join(f'{numbers[name]:,} {name}' for name in numbers))
+    groups = {}
+    for path in paths:
+        split = splits[path] if splits[path] != 'other' else 'train'
+        groups.setdefault(split, []).append(path)
+    return {split: groups[split] for split in ('train', 'val', 'test') if split in groups}
+
+
+def _named_split(path):
+    for name in (path.stem, *reversed(path.parent.parts)):
+        words = re.split('[^a-z]+', name.lower())
+        splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+        if len(splits) == 1:
+            return splits.pop()
+    return 'other'
+
+# -----------------------------------------------------------------------------
+# documents
+
+
+def read_texts(path, key='text'):
+    """
+    The documents of a file as a stream of texts: each row of a .parquet, .csv or .tsv file, each
+    line of a .jsonl file, each element of the list in a .json file; any other file is one document
+    in UTF-8. Raises UserError with the row or line that cannot be read.
+
+    Args:
+        key: of the text, in a row that has several values
+    """
+    read_rows = _ROW_READERS.get(path.suffix.lower())
+    if read_rows is None:
+        yield from _read_txt(path)
+        return
+    try:
+        for place, row in read_rows(path, key):
+            text = _text_of(row, key, f'{path}, {place}')
+            blocks = (text[i:i + PIECE_SIZE] for i in range(0, len(text), PIECE_SIZE))
+            yield from _in_pieces(blocks)
+            yield END_OF_DOCUMENT
+    except (ValueError, csv.Error) as error:  # of decoding UTF-8 and JSON too
+        raise UserError(f'{path}: {error}') from None
+
+
+def _text_of(row, key, place):
+    """ The text of a row: a string, a dict with one, or a line of JSON (bytes) with either. """
+    try:
+        if isinstance(row, bytes):
+            row = json.loads(row.decode('utf-8-sig'))
+        text = row
+        if isinstance(row, dict):
+            _check_key(key, row)
+            text = row[key]
+        if not isinstance(text, str):
+            raise ValueError(f'{text!r:.50} is not a text')
+        text.encode()  # raises if the text holds half of a surrogate pair
+    except ValueError as error:
+        raise UserError(f'{place}: {error}') from None
+    return text
+
+
+def _check_key(key, keys):
+    if key not in keys:
+        listing = ', '.join(map(repr, keys))
+        raise ValueError(f'no key {key!r}, only {listing:.199}; data/custom/prepare.py reads '
+                         'another one with --key=NAME')
+
+
+def _parquet_rows(path, key):
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
     row = 0
     try:
         with ParquetFile(path, memory_map=True) as file:
-            if 'text' not in file.schema_arrow.names:
-                raise UserError(f"{path}: no column 'text'")
-            for batch in file.iter_batches(100, columns=['text']):
-                for text in batch['text'].to_pylist():
+            _check_key(key, file.schema_arrow.names)
+            for batch in file.iter_batches(100, columns=[key]):
+                for text in batch[key].to_pylist():
                     row += 1
-                    if not isinstance(text, str):
-                        raise UserError(f'{path}: row {row}: {text!r:.50} is not a text')
-                    yield text
-                    yield END_OF_DOCUMENT
+                    yield f'row {row}', {key: text}
     except (ArrowException, OSError) as error:
         raise UserError(f'{path}: {error}') from None
 
 
-def _read_jsonl(path):
+def _json_rows(path, key):
     with open(path, 'rb') as file:
+        first_characters = file.read(1000).decode('utf-8-sig', errors='replace').lstrip()
+        file.seek(0)
+        if path.suffix.lower() == '.json' and first_characters.startswith('['):
+            for number, row in enumerate(json.loads(file.read().decode('utf-8-sig')), 1):
+                yield f'row {number}', row
+            return
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _parse_json_line(line)
-            except ValueError as error:  # of decoding UTF-8 and JSON too
-                raise UserError(f'{path}, line {number}: {error}') from None
-            yield END_OF_DOCUMENT
+            if line.strip():
+                yield f'line {number}', line
 
 
-def _parse_json_line(line):
-    row = json.loads(line.decode('utf-8-sig'))
-    if not isinstance(row, dict) or not isinstance(row.get('text'), str):
-        raise ValueError("no key 'text' with a string")
-    row['text'].encode()  # raises if the text holds half of a surrogate pair
-    return row['text']
+def _csv_rows(path, key):
+    csv.field_size_limit(2**31 - 1)
+    delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
+    with open(path, newline='', encoding='utf-8-sig') as file:
+        rows = csv.DictReader(file, delimiter=delimiter)
+        for row in rows:
+            yield f'line {rows.line_num}', row
 
+
+_ROW_READERS = {'.parquet': _parquet_rows, '.json': _json_rows, '.jsonl': _json_rows,
+                '.ndjson': _json_rows, '.csv': _csv_rows, '.tsv': _csv_rows}
 
 PIECE_SIZE = 2**20  # characters
 
 
 def _read_txt(path):
-    """
-    A text longer than PIECE_SIZE comes in pieces. Each ends before the white space at the end of a
-    line, where no token of GPT-2 continues, so the tokens are those of the whole text.
-    """
     if path.stat().st_size == 0:
         return
-    piece = ''
     try:
         with open(path, encoding='utf-8-sig') as file:
-            while lines := file.readlines(PIECE_SIZE):
-                piece += ''.join(lines)
-                end = len(piece.rstrip())
-                if end > 0 and len(piece) >= PIECE_SIZE:
-                    yield piece[:end]
-                    piece = piece[end:]
+            yield from _in_pieces(iter(lambda: file.read(PIECE_SIZE), ''))
     except UnicodeDecodeError:
         raise UserError(f'{path}, line {_line_not_in_utf8(path)}: not in UTF-8') from None
-    yield piece
     yield END_OF_DOCUMENT
+
+
+def _in_pieces(blocks):
+    """
+    A document in pieces of about PIECE_SIZE, from blocks of that size. Each piece ends before white
+    space, where no token of GPT-2 continues, so the tokens are those of the whole text: at the end
+    of a line, or else of a word. A text without white space is cut anywhere.
+    """
+    rest = ''
+    for block in blocks:
+        rest += block
+        if len(rest) >= PIECE_SIZE and not rest.isspace():
+            end = _end_of_piece(rest)
+            yield rest[:end]
+            rest = rest[end:]
+    yield rest
+
+
+def _end_of_piece(text):
+    for separator in ('\n', ' '):
+        end = len(text.rpartition(separator)[0].rstrip())
+        if end > 0:
+            return end
+    return len(text)
 
 
 def _line_not_in_utf8(path):
@@ -184,29 +278,30 @@ def read_text(path):
     return ''.join(pieces)
 
 
-def read_files(paths):
+def read_files(paths, key='text'):
     """ `read_texts` of several files, one after the other. """
     for path in paths:
-        yield from read_texts(path)
+        yield from read_texts(path, key)
 
 
-def count_texts(paths):
+def count_texts(paths, key='text'):
     """
-    Reads all files -> the number of documents, the number of characters, and the set of distinct
+    Reads all files -> the number of characters of each document, and the set of distinct
     characters. Raises UserError if a file cannot be read.
     """
-    num_documents = 0
-    num_characters = 0
+    sizes = array('q')
     characters = set()
+    size = 0
     for path in tqdm(paths, desc='reading', unit=' files', disable=None):
-        for text in read_texts(path):
+        for text in read_texts(path, key):
             if text is END_OF_DOCUMENT:
-                num_documents += 1
+                sizes.append(size)
+                size = 0
             else:
-                num_characters += len(text)
+                size += len(text)
                 characters |= set(text)
-    print(f'{len(paths):,} files, {num_documents:,} documents, {num_characters:,} characters')
-    return num_documents, num_characters, characters
+    print(f'{len(paths):,} files, {len(sizes):,} documents, {sum(sizes):,} characters')
+    return sizes, characters
 
 # -----------------------------------------------------------------------------
 # rows, which have numbers and can be shuffled
@@ -241,9 +336,13 @@ def _load_local_rows(paths, cache_dir):
 
 
 def _generate_rows(paths):
+    pieces = []
     for text in read_files(paths):
-        if text is not END_OF_DOCUMENT:
-            yield {'text': text}
+        if text is END_OF_DOCUMENT:
+            yield {'text': ''.join(pieces)}
+            pieces = []
+        else:
+            pieces.append(text)
 
 
 def _load_hub_rows(name, config, split):

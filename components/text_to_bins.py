@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +21,14 @@ from tqdm import tqdm
 from components.errors import UserError, one_line_errors
 from components.files import check_free_space, lock_directory, whole_file
 from components.text_sources import END_OF_DOCUMENT, ROWS_CACHE
-from components.tokenizer import MAX_VOCAB_SIZE, get_tokenizer, meta_of
+from components.tokenizer import (
+    MAX_VOCAB_SIZE,
+    get_tokenizer,
+    has_tokens_of,
+    load_meta,
+    meta_of,
+    tokenizer_spec,
+)
 
 SPLITS = ('train', 'val', 'test')
 BATCH_SIZE = 2**21  # characters that a worker encodes at a time
@@ -57,16 +64,18 @@ def _remove_temporary_files(folder):
         (folder / f'{split}.bin.tmp').unlink(missing_ok=True)
 
 
-def write_bins(folder, splits, spec, num_characters):
+def write_bins(folder, splits, spec, num_characters, special=False):
     """
-    Encodes a dataset and writes its bins and meta.pkl. Raises UserError if the vocabulary does not
-    fit into uint16, or a split has no text; OSError if the disk is full.
+    Encodes a dataset and writes its bins and meta.pkl -> {split: number of tokens}. Raises
+    UserError if the vocabulary does not fit into uint16, or a split has no text; OSError if the
+    disk is full.
 
     Args:
         folder: Path of the dataset
         splits: {'train', 'val' or 'test': stream of texts}
         spec: the tokenizer's (tokenizer.py)
         num_characters: of all splits together; an estimate will do
+        special: whether the name of a special token in a text becomes that token (tokenizer.py)
     """
     vocab_size = get_tokenizer(spec).vocab_size
     if vocab_size > MAX_VOCAB_SIZE:
@@ -79,18 +88,35 @@ def write_bins(folder, splits, spec, num_characters):
     progress = tqdm(total=num_characters, unit=' characters', unit_scale=True, mininterval=seconds)
     num_tokens = {}
     with ExitStack() as files:
-        with progress, _worker_pool(spec, num_characters) as pool:
+        with progress, _worker_pool(spec, special, num_characters) as pool:
             for split, texts in splits.items():
                 temporary = files.enter_context(whole_file(folder / f'{split}.bin'))
                 num_tokens[split] = _write_split(temporary, pool, texts, progress)
                 if num_tokens[split] == 0:
                     raise UserError(f'{folder}: no text is left for {split}.bin')
+        _note_other_vocabulary(folder, spec)
         _write_meta(folder, meta_of(spec, vocab_size), files)
         # Here the temporary files are renamed, the last one first: meta.pkl, then the bins
 
+    for split in set(SPLITS) - set(splits):
+        (folder / f'{split}.bin').unlink(missing_ok=True)  # of another text
     print(f'vocabulary size: {vocab_size:,}')
     for split in splits:
-        print(f'{split}.bin: {num_tokens[split]:,} tokens')
+        share = num_tokens[split] / sum(num_tokens.values())
+        print(f'{split}.bin: {num_tokens[split]:,} tokens ({share:.2%})')
+    return num_tokens
+
+
+def _note_other_vocabulary(folder, spec):
+    """ Prints a line if a model that was trained on the old bins cannot read the new ones. """
+    old_spec = None
+    with suppress(UserError):  # the old meta.pkl may be damaged
+        old_spec = tokenizer_spec(load_meta(folder))
+    is_known = old_spec is not None and (folder / 'train.bin').exists()
+    if is_known and not has_tokens_of(old_spec, spec):
+        print(f'NOTE: the vocabulary of {folder} changes, and checkpoints of the old one cannot be '
+              'resumed with it; --tokenizer=PATH/ckpt.pt of data/custom/prepare.py prepares a text '
+              'with the vocabulary of a checkpoint')
 
 
 def _write_split(path, pool, texts, progress):
@@ -152,13 +178,13 @@ def _batches(texts):
 
 
 @contextmanager
-def _worker_pool(spec, num_characters):
+def _worker_pool(spec, special, num_characters):
     """ Yields an executor for `_encode`. """
     if num_characters < SMALL_SIZE:
-        pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(spec,))
+        pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(spec, special))
     else:
         context = multiprocessing.get_context('spawn')
-        pool = ProcessPoolExecutor(_num_cores(), context, _start_worker, (spec,))
+        pool = ProcessPoolExecutor(_num_cores(), context, _start_worker, (spec, special))
     try:
         yield pool
     finally:
@@ -172,12 +198,13 @@ def _num_cores():
     return min(os.cpu_count(), 61)  # the most that ProcessPoolExecutor allows on Windows
 
 
-def _start_worker(spec):
-    global _tokenizer
+def _start_worker(spec, special):
+    global _tokenizer, _special
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends workers
         threading.Thread(target=_exit_with_parent, daemon=True).start()
     _tokenizer = get_tokenizer(spec)
+    _special = special
 
 
 def _exit_with_parent():
@@ -187,12 +214,13 @@ def _exit_with_parent():
 
 
 def _encode(texts):
+    end = _tokenizer.end_of_text
     ids = []
     num_characters = 0
     for text in texts:
         if text is not END_OF_DOCUMENT:
-            ids += _tokenizer.encode(text)
+            ids += _tokenizer.encode(text, _special)
             num_characters += len(text)
-        elif _tokenizer.end_of_text is not None:
-            ids.append(_tokenizer.end_of_text)
+        elif end is not None and not (_special and ids[-1:] == [end]):  # a text may end with it
+            ids.append(end)
     return np.array(ids, dtype='<u2').tobytes(), num_characters

@@ -3,7 +3,7 @@
 # parameters, of which the two embeddings have 12.9M; a few minutes on a CPU. At equal FLOPs, the
 # settings of train_wikitext2.py have a validation loss that is higher by 0.33 nats per token (mean
 # of 3 seeds); see "Text in GPT-2 tokens" in config/readme.md. Prepare the dataset first, from a
-# folder with the two files:
+# folder with the two files, named train.txt and valid.txt:
 #   python data/custom/prepare.py --source=wikitext-2 --name=wikitext2_small
 # For your own text, add --dataset=mine --out_dir=out-mine. Measured is one epoch of 260,000 tokens,
 # the config as it is. For a longer text, raise max_iters and lr_decay_iters to its tokens / 2,048

@@ -2,6 +2,8 @@
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,11 +16,12 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 import transformers
-from conftest import ROOT, flags, run, train
+from conftest import ROOT, flags, run, save_checkpoint, train
 from fake_gpt2 import prose
 
 from components import text_sources
 from components import tokenizer as tokenizer_module
+from model import GPT, GPTConfig
 
 
 def read(folder, split):
@@ -185,7 +188,7 @@ def test_prepare_bookcorpus(clone, tmp_path, prepare, gpt2):
 def test_prepare_rows_bad_file(clone, tmp_path, prepare):
     """ One line; neither the source nor the dataset's folder changes. """
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(SystemExit, match='a.jsonl, line 2: no key .text.') as stopped:
+    with pytest.raises(SystemExit, match='a.jsonl, line 2: 1 is not a text') as stopped:
         prepare('bookcorpus', source='a.jsonl')
     assert '\n' not in stopped.value.code
     names = sorted(path.name for path in (clone / 'data/bookcorpus').iterdir())
@@ -225,6 +228,138 @@ def test_custom_several_documents(clone, tmp_path, prepare):
     assert read_text(folder, 'train') == ''.join(train)
 
 
+@pytest.mark.parametrize('sizes, val_fraction', [
+    ([3000, 580_000], 0.1),
+    ([580_000, 3000], 0.1),
+    ([100, 100], 0.5),
+    ([100] * 4, 0.9),
+    ([1, 0, 5, 40, 2000, 30, 1000] * 9, 0.2),
+    ([5, 6, 7] * 100, 0.1),
+])
+def test_custom_share_of_characters(tmp_path, prepare, sizes, val_fraction):
+    """ Whole documents where that is near val_fraction; else one is cut. Nothing is lost. """
+    documents = [chr(0x4e00 + number) * size for number, size in enumerate(sizes)]
+    write_jsonl(tmp_path / 'a.jsonl', [document + '\n' for document in documents])
+    out = prepare('custom', source='a.jsonl', name=tmp_path / 'bins', tokenizer='char',
+                  val_fraction=val_fraction)
+    train_text = read_text(tmp_path / 'bins', 'train')
+    val_text = read_text(tmp_path / 'bins', 'val')
+    share = len(val_text) / len(train_text + val_text)
+    tolerance = 0.1 * min(val_fraction, 1 - val_fraction)
+    assert abs(share - val_fraction) <= min(tolerance, max(sizes) / sum(sizes)) + 0.002
+    assert f'({share:.2%})' in out
+    assert 'NOTE' not in out
+    num_cut = 0
+    for document in documents:
+        num_in_val = val_text.count(document[:1])
+        assert document == '' or train_text.count(document[0]) + num_in_val == len(document)
+        num_cut += 0 < num_in_val < len(document)
+    assert num_cut <= 1
+    assert not re.search(r'(\w)(?!\1)\w', train_text)  # two documents on a line
+
+
+@pytest.mark.parametrize('tokenizer, end', [('gpt2', [50256]), ('char', [])])
+def test_custom_files_by_split(tmp_path, prepare, gpt2, tokenizer, end):
+    source = tmp_path / 'source'
+    source.mkdir()
+    texts = {'train': 'the cat ' * 9, 'valid': 'the the', 'test': 'cat'}
+    for split, text in texts.items():
+        (source / f'{split}.txt').write_text(text)
+    out = prepare('custom', source='source', name=tmp_path / 'bins', tokenizer=tokenizer)
+    assert 'NOTE: val.bin has ' not in out
+    for split, name in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
+        ids = read(tmp_path / 'bins', split)
+        if tokenizer == 'gpt2':
+            assert ids == encode_all(gpt2, [texts[name]], after=end)
+        else:
+            assert read_text(tmp_path / 'bins', split) == texts[name]  # without a newline
+
+    (source / 'valid.txt').unlink()
+    (source / 'test.txt').write_text('cat ' * 20)
+    prepare('custom', source='source', name=tmp_path / 'bins', tokenizer='char')
+    assert read_text(tmp_path / 'bins', 'test') == 'cat ' * 20
+    assert read_text(tmp_path / 'bins', 'train') + read_text(tmp_path / 'bins', 'val') == (
+        texts['train'])
+    (source / 'dev.txt').write_text('cat ' * 20)
+    out = prepare('custom', source='source', name=tmp_path / 'bins', tokenizer='char')
+    assert 'NOTE: val.bin has ' in out
+
+
+@pytest.mark.parametrize('texts, expected', [
+    pytest.param(['emma', 'olivia', 'ava'], 'emma\nolivia\nava\n', id='names'),
+    pytest.param(['one\n', '', 'two\n'], 'one\ntwo\n', id='newlines of their own'),
+    pytest.param(['acgt'], 'acgt', id='one document'),
+])
+@pytest.mark.parametrize('tokenizer', ['char', 'no end'])
+def test_custom_newline_between_documents(tmp_path, prepare, texts, expected, tokenizer):
+    itos = sorted(set(expected))
+    model = tokenizers.models.BPE({character: i for i, character in enumerate(itos)}, [])
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
+    saved.save_pretrained(tmp_path / 'no end')
+    (tmp_path / 'source').mkdir()
+    for split in ('train', 'val'):
+        write_jsonl(tmp_path / f'source/{split}.jsonl', texts)
+    out = prepare('custom', source='source', name=tmp_path / 'bins', tokenizer=tokenizer)
+    assert out.count('each document ends with a newline') == int(len(texts) > 1)
+    ids = read(tmp_path / 'bins', 'train')
+    assert ''.join(itos[i] for i in ids) == expected
+
+
+def test_custom_end_of_text_in_a_text(tmp_path, prepare, gpt2):
+    stories = 'the cat<|endoftext|>\nthe mat<|endoftext|>' * 20
+    (tmp_path / 'a.txt').write_text(stories)
+    prepare('custom', source='a.txt', name=tmp_path / 'bins')
+    ids = read(tmp_path / 'bins', 'train') + read(tmp_path / 'bins', 'val')
+    assert ids.count(50256) >= 39
+    assert gpt2.decode(ids) == stories
+
+
+def test_custom_suffixes_and_key(tmp_path, prepare):
+    source = tmp_path / 'source'
+    source.mkdir()
+    (source / 'a.md').write_text('# Title\n')
+    (source / 'b.PY').write_text('x = 1\n' * 9)
+    (source / 'readme.txt').write_text('short')
+    for suffixes in ('.md,.py', 'md, *.py'):
+        out = prepare('custom', f'--suffixes={suffixes}', source='source', name=tmp_path / 'bins',
+                      tokenizer='char')
+        assert 'skipped files: 1 .txt' in out
+        assert '2 files, 2 documents, 62 characters' in out
+    (tmp_path / 'a.csv').write_text('id,content\n1,cat\n2,mat\n')
+    out = prepare('custom', source='a.csv', key='content', name=tmp_path / 'bins', tokenizer='char')
+    assert '1 files, 2 documents, 6 characters' in out
+
+
+@pytest.mark.parametrize('tokenizer', ['run/ckpt.pt', 'first', 'gpt2-bins'])
+def test_custom_vocabulary_of_a_model(clone, tmp_path, prepare, gpt2, tokenizer):
+    """ That of a checkpoint, of a dataset, of a dataset in GPT-2's tokens. """
+    (tmp_path / 'first.txt').write_text('the cat sat\n' * 9)
+    prepare('custom', source='first.txt', name='first', tokenizer='char')
+    prepare('custom', source='first.txt', name='gpt2-bins')
+    meta = pickle.loads((clone / 'data/first/meta.pkl').read_bytes())
+    itos = [meta['itos'][i] for i in range(meta['vocab_size'])]
+    model = GPT(GPTConfig(block_size=8, vocab_size=len(itos), n_layer=1, n_head=2, n_embd=16))
+    (tmp_path / 'run').mkdir()
+    save_checkpoint(tmp_path / 'run/ckpt.pt', model, tokenizer={'kind': 'char', 'itos': itos})
+
+    (tmp_path / 'second.txt').write_text('a cat\n' * 9)
+    prepare('custom', source='second.txt', name='second', tokenizer=tokenizer)
+    folder = clone / 'data/second'
+    ids = read(folder, 'train') + read(folder, 'val')
+    if tokenizer == 'gpt2-bins':
+        assert gpt2.decode(ids) == 'a cat\n' * 9 + '<|endoftext|>'
+        return
+    assert ''.join(itos[i] for i in ids) == 'a cat\n' * 9
+    assert (folder / 'meta.pkl').read_bytes() == (clone / 'data/first/meta.pkl').read_bytes()
+
+    (tmp_path / 'second.txt').write_text('a cat \U0001f600\n' * 9)
+    with pytest.raises(SystemExit, match="no token for '\U0001f600'.*--tokenizer=char"):
+        prepare('custom', source='second.txt', name='second', tokenizer=tokenizer)
+    assert read(folder, 'train') + read(folder, 'val') == ids
+    out = prepare('custom', source='second.txt', name='second', tokenizer='char')
+    assert '--tokenizer=PATH/ckpt.pt' in out
+
+
 @pytest.mark.parametrize('settings, message', [
     pytest.param(dict(source='nowhere'), 'nowhere does not exist', id='missing source'),
     pytest.param(dict(source=''), 'set --source=', id='no source'),
@@ -234,7 +369,12 @@ def test_custom_several_documents(clone, tmp_path, prepare):
     pytest.param(dict(name='shakespeare'), 'choose another --name', id='name taken'),
     pytest.param(dict(name=''), "name=''", id='empty name'),
     pytest.param(dict(name='../x'), "name='../x'", id='name outside of data'),
-    pytest.param(dict(source='clone/config'), r'no \*.txt or \*.jsonl', id='no file'),
+    pytest.param(dict(source='clone/config'), r'no \*.txt or \*.jsonl.* \.py, .*--suffixes=',
+                 id='no file'),
+    pytest.param(dict(source='a.json', key='b'), "no key 'b', only 'content'.*--key=", id='key'),
+    pytest.param(dict(tokenizer='good.txt'), 'good.txt is not a .*checkpoint', id='no checkpoint'),
+    pytest.param(dict(tokenizer=''), "tokenizer=''", id='empty tokenizer'),
+    pytest.param(dict(tokenizer='holmes'), "tokenizer='holmes'", id='dataset without bins'),
     pytest.param(dict(source='latin.txt'), 'line 1: not in UTF-8', id='not in UTF-8'),
     pytest.param(dict(source='empty.txt'), 'no text', id='no text'),
 ])
@@ -243,6 +383,7 @@ def test_custom_refuses(clone, tmp_path, prepare, settings, message):
     (tmp_path / 'latin.txt').write_bytes(b'caf\xe9\n')
     (tmp_path / 'good.txt').write_text('text\n')
     (tmp_path / 'empty.txt').write_text('')
+    (tmp_path / 'a.json').write_text('[{"content": "a"}]')
     with pytest.raises(SystemExit, match=message) as stopped:
         prepare('custom', **{'source': 'good.txt', **settings})
     assert '\n' not in stopped.value.code
@@ -270,7 +411,6 @@ def bpe(tmp_path):
     bpe.train_from_iterator(['the cat sat on a mat.\n'] * 20, trainer)
     saved = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<eos>')
     saved.save_pretrained(tmp_path / 'hf')
-    bpe.encode_special_tokens = True  # their names in a text are text
     return bpe
 
 
@@ -278,7 +418,7 @@ def bpe(tmp_path):
 def test_custom_hugging_face_tokenizer_trained_and_sampled(tmp_path, prepare, bpe):
     """ The dataset and the checkpoint hold the tokenizer. """
     documents = [f'the cat {i} sat on a mat.\n' * 20 for i in range(20)]
-    documents[3] += '<eos>'
+    documents[3] += '<eos>the cat'  # the token
     write_jsonl(tmp_path / 'a.jsonl', documents)
     folder = tmp_path / 'bins'
     prepare('custom', source='a.jsonl', name=folder, tokenizer='hf', val_fraction=0.2)
@@ -299,14 +439,39 @@ def test_custom_hugging_face_tokenizer_trained_and_sampled(tmp_path, prepare, bp
 
 
 @pytest.mark.slow
-def test_custom_printed_command(tmp_path, prepare):
-    """ It trains, here with fewer iterations. """
-    (tmp_path / 'mine.txt').write_text(prose(20_000))
-    out = prepare('custom', source='mine.txt', name=tmp_path / 'bins', tokenizer='char')
-    arguments = out.splitlines()[-1].partition('python train.py config/')[2].split()
-    few = dict(max_iters=2, lr_decay_iters=2, cooldown_iters=1, eval_interval=2, eval_iters=2)
-    run('train.py', ROOT / 'config' / arguments[0], *arguments[1:], cwd=tmp_path, **few)
-    assert (tmp_path / 'out-bins/ckpt.pt').exists()
+@pytest.mark.parametrize('settings, num_commands', [
+    pytest.param(dict(tokenizer='char'), 1, id='char'),
+    pytest.param(dict(tokenizer='gpt2'), 2, id='gpt2'),
+    pytest.param(dict(tokenizer='hf'), 1, id='tokenizer without weights'),
+    pytest.param(dict(tokenizer='my hf'), 2, id='Hugging Face directory'),
+    pytest.param(dict(tokenizer='my run/ckpt.pt'), 2, id='checkpoint'),
+])
+@pytest.mark.usefixtures('gpt2', 'bpe')
+def test_custom_printed_commands(tmp_path, prepare, settings, num_commands):
+    """ They train, here for one iteration: of a short text, and with spaces in names. """
+    text = prose(400)
+    (tmp_path / 'my text.txt').write_text(text)
+    shutil.copytree(tmp_path / 'hf', tmp_path / 'my hf')
+    for folder, vocab_size in (('my hf', 300), ('fake gpt2', 50257)):
+        config = transformers.GPT2Config(
+            vocab_size=vocab_size, n_positions=32 if folder == 'my hf' else 1024, n_embd=16,
+            n_layer=1, n_head=2)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / folder)
+    itos = sorted({*text, '#'})
+    model = GPT(GPTConfig(block_size=24, vocab_size=len(itos), n_layer=1, n_head=2, n_embd=16))
+    (tmp_path / 'my run').mkdir()
+    save_checkpoint(tmp_path / 'my run/ckpt.pt', model, tokenizer={'kind': 'char', 'itos': itos})
+
+    out = prepare('custom', source='my text.txt', name=tmp_path / 'my bins', **settings)
+    commands = [line.partition(': python train.py ')[2] for line in out.splitlines()
+                if 'python train.py' in line]
+    assert len(commands) == num_commands
+    few = dict(max_iters=1, lr_decay_iters=1, cooldown_iters=1, warmup_iters=0, eval_iters=1,
+               gradient_accumulation_steps=1, device='cpu')
+    for command in commands:
+        arguments = shlex.split(command.replace('--init_from=gpt2', "'--init_from=fake gpt2'"))
+        run('train.py', ROOT / arguments[0], *arguments[1:], cwd=tmp_path, **few)
+    assert (tmp_path / 'out-my bins/ckpt.pt').exists()
 
 # -----------------------------------------------------------------------------
 # interruptions

@@ -17,6 +17,7 @@ from components.text_sources import (
     count_texts,
     download,
     find_files,
+    group_by_split,
     load_rows,
     read_text,
     read_texts,
@@ -99,10 +100,40 @@ def folder(tmp_path):
     ('.', ('.txt', '.jsonl'), '', ['a.JSONL', 'b.txt', 'sub/b.txt', 'sub/c.txt']),
     ('.', ('.txt', '.jsonl'), 'b', ['b.txt']),
     ('a.JSONL', ('.jsonl', '.parquet'), '', ['a.JSONL']),
-    ('d.md', ('.txt',), '', ['d.md']),  # a text may have any name
 ])
 def test_find_files(folder, source, suffixes, prefix, expected):
     assert find_files(folder / source, suffixes, prefix) == [folder / name for name in expected]
+
+
+def test_find_files_lists_what_it_skips(folder, capsys):
+    (folder / 'LICENSE').write_text('text')
+    find_files(folder, ('.jsonl',))
+    out = capsys.readouterr().out
+    assert out == 'skipped files: 3 .txt, 2 hidden or no file, 1 without a suffix, 1 .md\n'
+
+
+@pytest.mark.parametrize('train, val, test', [
+    ('train.txt', 'valid.txt', ''),
+    ('train.txt', 'val.txt', 'test.txt'),
+    ('train-0.parquet train-1.parquet', 'validation-0.parquet', 'test-0.parquet'),
+    ('foo.train.txt', 'foo.dev.txt', ''),
+    ('TRAIN.TXT a.txt', 'Valid.txt', ''),
+    ('train/a.txt train/b.txt', 'dev/a.txt', 'train/test.txt'),
+    ('x_training_1.txt', '', 'x_test_1.txt'),
+    ('train.txt contest.txt devices.txt valid_train.txt', '', ''),
+    ('val.txt test.txt', '', ''),
+    ('train.txt readme.txt', 'valid.txt', ''),
+    ('train.py test_a.py test_b.py b.py', '', ''),
+    ('train.py val.py b.py c.py d.py', '', ''),
+])
+def test_group_by_split(tmp_path, train, val, test):
+    expected = {}
+    for split, names in (('train', train), ('val', val), ('test', test)):
+        if names:
+            expected[split] = [tmp_path / 'test' / name for name in names.split()]
+    paths = sorted(path for group in expected.values() for path in group)
+    expected = {split: sorted(group) for split, group in expected.items()}
+    assert group_by_split(paths, tmp_path / 'test') == expected
 
 
 @pytest.mark.parametrize('source, suffixes, prefix, message', [
@@ -132,6 +163,35 @@ def test_read_rows(tmp_path):
     assert list(read_texts(tmp_path / 'a.parquet')) == expected
 
 
+@pytest.mark.parametrize('name, content', [
+    ('a.json', b' [{"n": 1, "body": "one"},\n"t\xc3\xb6"]'),
+    ('a.json', b'\xef\xbb\xbf{"n": 1, "body": "one"}\n\n"t\xc3\xb6"\n'),
+    ('a.ndjson', b'{"n": 1, "body": "one"}\n{"body": "t\\u00f6"}'),
+    ('a.csv', b'\xef\xbb\xbfn,body\r\n1,one\r\n2,"t\xc3\xb6"\r\n'),
+    ('a.TSV', b'body\tn\none\t1\nt\xc3\xb6\t2\n'),
+])
+def test_read_rows_with_a_key(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    texts = list(read_texts(tmp_path / name, key='body'))
+    assert texts == ['one', END_OF_DOCUMENT, 't\u00f6', END_OF_DOCUMENT]
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
+@pytest.mark.parametrize('text, longest', [
+    pytest.param('acgt' * 5000, 1000, id='DNA'),
+    pytest.param('one\n' + 'acgt' * 5000, 2000, id='DNA after a line'),
+    pytest.param('a,b "c" ' * 2500, 1000, id='words on one line'),
+])
+def test_one_long_line_comes_in_pieces(tmp_path, monkeypatch, name, text, longest):
+    monkeypatch.setattr(text_sources, 'PIECE_SIZE', 1000)
+    path = tmp_path / name
+    path.write_text(text if name == 'a.txt' else json.dumps({'text': text}))
+    pieces = list(read_texts(path))
+    assert pieces.pop() is END_OF_DOCUMENT
+    assert ''.join(pieces) == text
+    assert max(map(len, pieces)) <= longest
+
+
 @pytest.mark.parametrize('content, expected', [
     (b'\xef\xbb\xbfHello\r\nworld.\r\r\n', ['Hello\nworld.\n\n', END_OF_DOCUMENT]),
     (b'', []),
@@ -147,6 +207,7 @@ def test_read_short_text(tmp_path, content, expected):
     pytest.param(prose(20_000), id='prose'),
     pytest.param(' the cat ! \n\n  \n' * 1000, id='white space at the end of lines'),
     pytest.param('x\n' + '\n' * 5000 + 'y', id='long white space'),
+    pytest.param(prose(20_000).replace('\n', ' '), id='one line'),
 ])
 def test_pieces_of_long_text_have_the_same_tokens(tmp_path, monkeypatch, gpt2, text):
     monkeypatch.setattr(text_sources, 'PIECE_SIZE', 1000)
@@ -165,12 +226,19 @@ def test_pieces_of_long_text_have_the_same_tokens(tmp_path, monkeypatch, gpt2, t
     pytest.param('a.txt', b'one\n' * 9999 + b'thr\xe9e\n', 'line 10000: not in UTF', id='latin-1'),
     pytest.param('a.jsonl', b'{"text": "a"}\n{"text": "b"\n', 'line 2: Expecting', id='cut off'),
     pytest.param('a.jsonl', b'{"text": "a"}\n\n{"b": "b"}\n', 'line 3: no key', id='no text'),
-    pytest.param('a.jsonl', b'{"text": 3}\n', 'line 1: no key', id='number in jsonl'),
-    pytest.param('a.jsonl', b'[1]\n', 'line 1: no key', id='list'),
+    pytest.param('a.jsonl', b'{"text": 3}\n', 'line 1: 3 is not a text', id='number in jsonl'),
+    pytest.param('a.jsonl', b'[1]\n', 'line 1: .1. is not a text', id='list'),
+    pytest.param('a.json', b'["a", {"b": "c", "d": 1}]',
+                 "row 2: no key 'text', only 'b', 'd'; .* --key=", id='other key'),
+    pytest.param('a.json', b'[ "a", ', 'a.json: Expecting', id='cut off list'),
+    pytest.param('a.json', b'{\n "text": "a"\n}', 'line 1: Expecting', id='several lines'),
+    pytest.param('a.csv', b'id;text\n1;a\n', "line 2: no key .*'id;text'", id='semicolons'),
+    pytest.param('a.csv', b'id,text\n1\n', 'line 2: None is not a text', id='short line'),
+    pytest.param('a.tsv', b'text\n\xe9\n', "a.tsv: 'utf-8' codec", id='tsv in latin-1'),
     pytest.param('a.jsonl', b'{"text": "\xe9"}\n', "line 1: 'utf-8' codec", id='jsonl in latin-1'),
     pytest.param('a.jsonl', rb'{"text": "\ud800"}', "line 1: 'utf-8' codec", id='half a surrogate'),
     pytest.param('a.parquet', b'not one', 'a.parquet: ', id='not parquet'),
-    pytest.param('a.parquet', {'txt': ['a']}, "no column 'text'", id='column'),
+    pytest.param('a.parquet', {'txt': ['a']}, "no key 'text', only 'txt'", id='column'),
     pytest.param('a.parquet', {'text': ['a'] * 2500 + [None]}, 'row 2501: None', id='null'),
     pytest.param('a.parquet', {'text': [1]}, 'row 1: 1 is', id='number in parquet'),
 ])
@@ -189,7 +257,9 @@ def test_count_texts(tmp_path):
     (tmp_path / 'b.txt').write_text('')
     write_jsonl(tmp_path / 'c.jsonl', ['c', ''])
     paths = [tmp_path / name for name in ('a.txt', 'b.txt', 'c.jsonl')]
-    assert count_texts(paths) == (3, 6, {'a', 'b', 'c', '\n'})
+    sizes, characters = count_texts(paths)
+    assert sizes.tolist() == [5, 1, 0]
+    assert characters == {'a', 'b', 'c', '\n'}
 
 # -----------------------------------------------------------------------------
 # rows

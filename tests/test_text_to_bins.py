@@ -34,7 +34,7 @@ def test_characters_are_little_endian_uint16(tmp_path, capsys):
     assert read(tmp_path, 'val') == [ord('a')]
     assert tokenizer_spec(load_meta(tmp_path)) == spec
     out = capsys.readouterr().out
-    assert out == 'vocabulary size: 300\ntrain.bin: 3 tokens\nval.bin: 1 tokens\n'
+    assert out == 'vocabulary size: 300\ntrain.bin: 3 tokens (75.00%)\nval.bin: 1 tokens (25.00%)\n'
 
 
 @pytest.mark.parametrize('small_size', [
@@ -52,13 +52,36 @@ def test_batches_are_joined_in_order(tmp_path, monkeypatch, gpt2, small_size):
     assert sorted(path.name for path in tmp_path.glob('*.*')) == ['train.bin', 'val.bin']
 
 
+def test_names_of_special_tokens(tmp_path, gpt2):
+    """ With `special`, they are tokens, and a document that ends with one has no second one. """
+    end = '<|endoftext|>'
+    splits = {'train': [f'the{end}\n', END_OF_DOCUMENT], 'val': [f'the{end}', END_OF_DOCUMENT]}
+    write_bins(tmp_path, splits, GPT2, 20, special=True)
+    the = gpt2.encode_ordinary('the')
+    assert read(tmp_path, 'train') == [*the, 50256, *gpt2.encode_ordinary('\n'), 50256]
+    assert read(tmp_path, 'val') == [*the, 50256]
+
+
+def test_other_text(tmp_path, capsys):
+    """ No bin of the old text stays, and another vocabulary is announced. """
+    write_bins(tmp_path, {'train': ['a'], 'val': ['a'], 'test': ['a']}, AB, 3)
+    write_bins(tmp_path, {'train': ['b'], 'val': ['b']}, AB, 3)
+    assert not (tmp_path / 'test.bin').exists()
+    assert 'NOTE' not in capsys.readouterr().out
+    write_bins(tmp_path, {'train': ['b'], 'val': ['b']}, BA, 3)
+    assert '--tokenizer=PATH/ckpt.pt' in capsys.readouterr().out
+    (tmp_path / 'meta.pkl').write_text('damaged')
+    write_bins(tmp_path, {'train': ['b'], 'val': ['b']}, BA, 3)
+    assert read(tmp_path, 'train') == [0]
+
+
 @pytest.mark.parametrize('text', ['', 'a', 'a' * 40])
 def test_memory_is_bounded(monkeypatch, text):
     """ Of an endless stream, a few batches are read before the first one is written. """
     monkeypatch.setattr(text_to_bins, 'BATCH_SIZE', 50)
     monkeypatch.setattr(text_to_bins, '_num_cores', lambda: 1)
     texts = iter([text] * 1000)
-    with text_to_bins._worker_pool(AB, 0) as pool:
+    with text_to_bins._worker_pool(AB, False, 0) as pool:
         next(text_to_bins._encode_in_order(pool, texts))
     assert len(list(texts)) >= 1000 - 3 * 50
 
