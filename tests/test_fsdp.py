@@ -165,7 +165,7 @@ def test_each_of_four_processes_has_a_quarter(tmp_path, dataset, monkeypatch):
     largest = {}
     for fsdp in (False, True):
         out, _ = run('train.py', cwd=tmp_path, processes=4, fsdp=fsdp, **settings)
-        counts = [json.loads(line) for line in re.findall(r'^bytes: (.*)$', out, re.MULTILINE)]
+        counts = [json.loads(line) for line in re.findall(r'bytes: (\{.*?\})', out)]
         assert len(counts) == 8  # of four processes and two iterations
         largest[fsdp] = {key: max(count[key] for count in counts) for key in counts[0]}
     for key, size in largest[False].items():
