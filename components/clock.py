@@ -23,7 +23,7 @@ class Clock:
 
     Attributes:
         first_iter: of this process
-        is_paused: whether training waits for an evaluation or a save
+        is_paused: whether training waits for an evaluation or a save; watchdog.py reads it
         mfu: the running mean of the MFU, from 0 to 1; -1.0 for the first iterations
     """
 
@@ -49,9 +49,9 @@ class Clock:
     @contextmanager
     def paused(self):
         """ Does not count the time of the block. """
-        self.is_paused = True
         synchronize(self.device_type)
         self.update()
+        self.is_paused = True
         yield
         self.now = time.perf_counter()
         self.is_paused = False

@@ -189,7 +189,7 @@ def parallelize(model, device, ddp, config):
         model: what training and evaluation call
     """
     if config['fsdp']:
-        compile_model(model, config['compile'])
+        compile_model(model, config['compile'])  # in place
         shard(model, device, config['dtype'])
         return model, model
     raw_model = model.to(device)
@@ -199,7 +199,11 @@ def parallelize(model, device, ddp, config):
     # buffers are constant; torch 2.13 has renamed the argument, and warns of the old name
     is_renamed = 'forward_sync_buffers' in inspect.signature(DDP).parameters
     sync_buffers = 'forward_sync_buffers' if is_renamed else 'broadcast_buffers'
-    # gradients stay in the buckets that the processes exchange
+    if config['compile']:
+        # blocks are compiled one by one: DDP need not divide them to overlap its exchanges
+        torch._dynamo.config.optimize_ddp = False
+    # gradients stay in the buckets that the processes exchange. The first process's weights are
+    # copied to the others
     return raw_model, DDP(model, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
@@ -229,7 +233,9 @@ def receive_weights(module):
             continue
         received = broadcast_tensor(tensor.detach())
         if tensor.is_meta:
-            torch.utils.swap_tensors(tensor, type(tensor)(received))  # also where it is tied
+            received = type(tensor)(received)  # a Parameter, if it is one
+            received.requires_grad_(tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, received)  # also where it is tied
 
 
 def is_sharded(tensor):

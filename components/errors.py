@@ -74,9 +74,8 @@ def install_excepthook(settings, ddp):
             print(f'{script_name()}: out of memory ({text}); {how_to_save_memory(settings)}',
                   file=sys.__stderr__, flush=True)
         elif is_lost_connection(error):
-            print(f'{script_name()}: process {os.environ["RANK"]}: another process has '
-                  'ended or hangs',
-                  file=sys.__stderr__, flush=True)
+            print(f'{script_name()}: process {os.environ["RANK"]}: another process has ended or '
+                  f'hangs ({error!s:.200})', file=sys.__stderr__, flush=True)
         else:
             traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         if ddp:

@@ -153,8 +153,10 @@ class Log:
         random_numbers = np.random.default_rng(0).random((3, max_new_tokens), np.float32)
         prompt = ids[:16].tolist()
         model.eval()
-        completions, _ = complete(model, self.tokenizer, [prompt] * 3,
-                                  torch.from_numpy(random_numbers),
-                                  vocab_size=self.tokenizer.vocab_size)
+        # compiled blocks are for training, and would be compiled again for other numbers of tokens
+        with torch.compiler.set_stance('force_eager'):
+            completions, _ = complete(model, self.tokenizer, [prompt] * 3,
+                                      torch.from_numpy(random_numbers),
+                                      vocab_size=self.tokenizer.vocab_size)
         model.train()
         return [completion.text for completion in completions]

@@ -36,7 +36,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled, as in AdamW
         momentum: decay of the running average of gradients
         dtype: in which the iteration is computed
-        compile: whether to compile the update, in half as many launches; not of several processes
+        compile: whether to compile the update, which starts half as many kernels; only in a single
+            process, because the exchanges of several cannot be compiled
     """
     found_inf = None  # a tensor, 1.0 to skip the step; see clip_and_step()
 
@@ -155,7 +156,7 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
         betas: of AdamW
         device_type: 'cpu', 'cuda' or 'mps'
         muon_lr: the peak learning rate of Muon; 0 for none
-        dtype: of the run, in which Muon computes
+        dtype: of the run, in which Muon computes; float16 on CUDA alone
         compile: whether to compile Muon's update
 
     Returns:
@@ -183,7 +184,10 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
 
     if muon_lr > 0:
         group = {'params': matrices, 'lr_scale': muon_lr / learning_rate}
-        optimizers['muon'] = Muon([group], muon_lr, weight_decay, dtype=getattr(torch, dtype),
+        muon_dtype = getattr(torch, dtype)
+        if dtype == 'float16' and device_type != 'cuda':  # which CPUs multiply slowly
+            muon_dtype = torch.float32
+        optimizers['muon'] = Muon([group], muon_lr, weight_decay, dtype=muon_dtype,
                                   compile=bool(compile))
     return optimizers
 

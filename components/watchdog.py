@@ -9,10 +9,11 @@ import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 
 from components.errors import script_name
 
-SECONDS_PER_ITER = 300     # at least, or ten times those of the slowest iteration
+SECONDS_PER_ITER = 300     # or more, where iterations are slow
 SECONDS_AFTER_SIGNAL = 10  # and three times those of the slowest iteration
 
 
@@ -33,9 +34,11 @@ class Watchdog:
     def __init__(self, progress, clock):
         self.progress = progress
         self.clock = clock
+        self.first_iter = progress.iter_num
         self.iter_num = progress.iter_num
         self.seconds = 0  # of this iteration
-        self.slowest = 0  # seconds of the slowest iteration but the first
+        self.first = 0    # seconds of the first iteration, which may have compiled
+        self.slowest = 0  # seconds of the slowest later one
         self.has_signal = False
         self.is_stopped = False
 
@@ -43,10 +46,10 @@ class Watchdog:
         """ Starts the thread, in a job of several processes. """
         if int(os.environ.get('WORLD_SIZE', 1)) == 1:
             return
+        # a handler in Python does not run while the main thread waits in a collective
         self.signals, self.writer = socket.socketpair()
         self.signals.settimeout(1)
         self.writer.setblocking(False)
-        # a handler in Python does not run while the main thread waits in a collective
         signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self.watch, daemon=True).start()
 
@@ -68,7 +71,9 @@ class Watchdog:
             self.seconds = 0
             return
         if self.progress.iter_num > self.iter_num:
-            if self.iter_num > self.clock.first_iter:
+            if self.iter_num == self.first_iter:
+                self.first = self.seconds
+            else:
                 self.slowest = max(self.slowest, self.seconds)
             self.iter_num = self.progress.iter_num
             self.seconds = 0
@@ -80,13 +85,14 @@ class Watchdog:
         """ How many seconds this iteration may take. """
         if self.has_signal:
             return SECONDS_AFTER_SIGNAL + 3 * self.slowest
-        if self.iter_num == self.clock.first_iter:
+        if self.iter_num == self.first_iter:
             return math.inf
-        return max(SECONDS_PER_ITER, 10 * self.slowest)
+        return max(SECONDS_PER_ITER, 2 * self.first, 10 * self.slowest)
 
     def end_process(self):
         after = ' after a signal' if self.has_signal else ''
         line = (f'{script_name()}: process {os.environ["RANK"]}: iteration {self.iter_num} has not '
                 f'ended in {self.seconds} s{after}; this or another process hangs or has ended\n')
-        os.write(2, line.encode())
+        with suppress(OSError):
+            os.write(2, line.encode())
         os._exit(1)

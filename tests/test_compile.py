@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,10 +112,14 @@ def test_graph_of_the_loss(graphs, monkeypatch):
 ])
 def test_number_of_graphs_of_a_run(settings, expected, graphs, script_globals, dataset,
                                    monkeypatch):
-    """ With evaluations and accumulated gradients; Muon compiles its update of four shapes. """
+    """ With evaluations, samples for wandb, accumulated gradients, and Muon for four shapes. """
+    wandb = pytest.importorskip('wandb')
+    wandb_run = SimpleNamespace(define_metric=lambda *args, **settings: None, log=lambda row: None)
+    monkeypatch.setattr(wandb, 'init', lambda **settings: wandb_run)
     monkeypatch.setattr(settings_module, 'missing_for_compile', {'cpu': ''}.get)
     script_globals('train.py', **{**SMALL, 'compile': True, 'max_iters': 6, 'eval_interval': 2,
-                                  'gradient_accumulation_steps': 2, 'dataset': dataset, **settings})
+                                  'gradient_accumulation_steps': 2, 'dataset': dataset,
+                                  'wandb_log': True, **settings})
     assert len(graphs) == expected
     assert not counters['graph_break']
 

@@ -242,7 +242,6 @@ def test_torchrun_with_nccl(tmp_path, dataset, reference, monkeypatch, fsdp):
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')['config']['backend'] == 'nccl'
 
 
-
 @needs_gpu
 @needs_nccl
 def test_two_processes_with_one_gpu(tmp_path, dataset, monkeypatch):
@@ -309,8 +308,9 @@ LARGE_BATCH = 64  # from 3,072 tokens on, PyTorch has another kernel for gradien
     dict(GPT2, dtype='float16', dropout=0.1),
     dict(FAST_SETTINGS, dtype='bfloat16', batch_size=LARGE_BATCH),
     dict(GPT2, dtype='bfloat16', compile=True),
+    dict(FAST_SETTINGS, dtype='bfloat16', compile=True),
     dict(GPT2, dtype='bfloat16', compile='reduce-overhead', gradient_accumulation_steps=1),
-], ids=['float32', 'float16', 'fast', 'compiled', 'CUDA graphs'])
+], ids=['float32', 'float16', 'fast', 'compiled', 'compiled fast', 'CUDA graphs'])
 def test_loop_does_not_synchronize(tmp_path, dataset, monkeypatch, settings):
     run_first(SYNCHRONIZATION_IS_AN_ERROR, tmp_path, monkeypatch)
     _, _, out = train(tmp_path, dataset, device='cuda', max_iters=30, log_interval=0,

@@ -82,7 +82,6 @@ def test_bfloat16(tmp_path, dataset):
     assert parts[0] != pytest.approx(float32[0], abs=PRINTED_DIGITS)
 
 
-
 @pytest.mark.parametrize('settings', [GPT2, FAST_SETTINGS], ids=['gpt2', 'fast'])
 def test_initial_weights_are_those_of_one_process(tmp_path, dataset, settings):
     """ Bit for bit, also of a model that is fine-tuned. Updates with a learning rate of 0. """

@@ -185,11 +185,15 @@ def test_which_parameters_an_optimizer_updates(muon_lr):
     assert names_of(group, model) == block_matrices
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtype_of_muon(tiny, dtype):
-    name = str(dtype).removeprefix('torch.')
-    optimizers = configure_optimizers(tiny, 0.1, 1e-3, (0.9, 0.95), 'cpu', 0.02, name)
-    assert optimizers['muon'].dtype == dtype
+@pytest.mark.parametrize('device_type, dtype, expected', [
+    ('cpu', 'float32', torch.float32),
+    ('cpu', 'bfloat16', torch.bfloat16),
+    ('cpu', 'float16', torch.float32),
+    ('cuda', 'float16', torch.float16),
+])
+def test_dtype_of_muon(tiny, device_type, dtype, expected):
+    optimizers = configure_optimizers(tiny, 0.1, 1e-3, (0.9, 0.95), device_type, 0.02, dtype)
+    assert optimizers['muon'].dtype == expected
 
 
 def test_learning_rates_are_in_proportion(tiny):

@@ -22,7 +22,7 @@ def watchdog(monkeypatch):
     monkeypatch.setattr(os, '_exit', end)
     monkeypatch.setenv('RANK', '3')
     progress = SimpleNamespace(iter_num=20)
-    return Watchdog(progress, SimpleNamespace(first_iter=20, is_paused=False))
+    return Watchdog(progress, SimpleNamespace(is_paused=False))
 
 
 def count(watchdog, most=10_000):
@@ -35,21 +35,21 @@ def count(watchdog, most=10_000):
     return math.inf
 
 
-@pytest.mark.parametrize('slowest, has_signal, expected', [
-    (None, False, math.inf),  # the first iteration
-    (None, True, 10),
-    (0, False, 300),
-    (20, False, 300),
-    (100, False, 1000),
-    (20, True, 70),
+@pytest.mark.parametrize('earlier, has_signal, expected', [
+    ([], False, math.inf),  # the first iteration
+    ([], True, 10),
+    ([1], False, 300),
+    ([400], False, 800),    # on a slow machine, or it compiled
+    ([400], True, 10),
+    ([1, 20, 1], False, 300),
+    ([1, 100, 1], False, 1000),
+    ([1, 20, 1], True, 70),
 ])
-def test_seconds_of_an_iteration(watchdog, capfd, slowest, has_signal, expected):
-    if slowest is not None:
-        for number, seconds in [(21, slowest), (22, 1)]:
-            watchdog.progress.iter_num = number
-            for _ in range(seconds):
-                watchdog.add_second()
-        watchdog.progress.iter_num = 23
+def test_seconds_of_an_iteration(watchdog, capfd, earlier, has_signal, expected):
+    for seconds in earlier:
+        for _ in range(seconds):
+            watchdog.add_second()
+        watchdog.progress.iter_num += 1
     watchdog.has_signal = has_signal
     assert count(watchdog) == expected
     error = capfd.readouterr().err
