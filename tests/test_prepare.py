@@ -188,7 +188,7 @@ def test_prepare_bookcorpus(clone, tmp_path, prepare, gpt2):
 def test_prepare_rows_bad_file(clone, tmp_path, prepare):
     """ One line; neither the source nor the dataset's folder changes. """
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(SystemExit, match='a.jsonl, line 2: 1 is not a text') as stopped:
+    with pytest.raises(SystemExit, match='a.jsonl, row 2: 1 is not a text') as stopped:
         prepare('bookcorpus', source='a.jsonl')
     assert '\n' not in stopped.value.code
     names = sorted(path.name for path in (clone / 'data/bookcorpus').iterdir())
@@ -417,8 +417,8 @@ def bpe(tmp_path):
 @pytest.mark.slow
 def test_custom_hugging_face_tokenizer_trained_and_sampled(tmp_path, prepare, bpe):
     """ The dataset and the checkpoint hold the tokenizer. """
-    documents = [f'the cat {i} sat on a mat.\n' * 20 for i in range(20)]
-    documents[3] += '<eos>the cat'  # the token
+    documents = [f'the cat {i:02} sat on a mat.\n' * 20 for i in range(20)]
+    documents[3] = documents[3][:-12] + '<eos>the cat'  # the token
     write_jsonl(tmp_path / 'a.jsonl', documents)
     folder = tmp_path / 'bins'
     prepare('custom', source='a.jsonl', name=folder, tokenizer='hf', val_fraction=0.2)
