@@ -98,9 +98,8 @@ SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 
 def group_by_split(paths, source):
     """
-    {'train', 'val' or 'test': paths}, by a word in the name of each file, or else of its folder in
-    `source`. Names count if one says train and another val or test; files without such a word are
-    for training.
+    {'train', 'val' or 'test': paths}, by the last such word in the path of each file in `source`.
+    Words count if one says train and another val or test; files without one are for training.
     """
     named = {path: _split_in_name(path.relative_to(source)) for path in paths}
     splits = set(named.values()) - {None}
@@ -117,12 +116,9 @@ def group_by_split(paths, source):
 
 
 def _split_in_name(path):
-    for name in (path.stem, *reversed(path.parent.parts)):
-        words = set(re.split('[^a-z]+', name.lower()))
-        splits = {SPLIT_NAMES[word] for word in words & SPLIT_NAMES.keys()}
-        if len(splits) == 1:
-            return splits.pop()
-    return None
+    words = re.findall('[a-z]+', path.as_posix().lower())
+    splits = [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES]
+    return splits[-1] if splits else None
 
 # -----------------------------------------------------------------------------
 # documents

@@ -119,6 +119,7 @@ def test_find_files_lists_what_it_skips(folder, capsys):
     ('train.txt', 'val.txt', 'test.txt'),
     ('train-0.parquet train-1.parquet', 'validation-0.parquet', 'test-0.parquet'),
     ('foo.train.txt', 'foo.dev.txt', ''),
+    ('wiki.train.tokens', 'wiki.valid.tokens', 'wiki.test.tokens'),
     ('TRAIN.TXT a.txt', 'Valid.txt', ''),
     ('train/a.txt train/b.txt', 'dev/a.txt', 'train/test.txt'),
     ('x_training_1.txt', '', 'x_test_1.txt'),

@@ -102,9 +102,8 @@ def has_token(encode, character):
 
 def check_characters(encode, characters, is_char):
     """ Raises UserError if a character would be lost; tokens of words do without white space. """
-    lost = [character for character in sorted(characters) if not has_token(encode, character)]
-    if not is_char:
-        lost = [character for character in lost if not character.isspace()]
+    needed = [character for character in sorted(characters) if is_char or not character.isspace()]
+    lost = [character for character in needed if not has_token(encode, character)]
     if lost:
         raise UserError(f'{tokenizer} has no token for {"".join(lost)!r:.99}; remove that from the '
                         'text, or train a new model with --tokenizer=char')
@@ -174,9 +173,6 @@ def print_next_commands(is_char, num_tokens, context):
     if abs(share - val_fraction) > val_fraction / 2:
         print(f'NOTE: val.bin has {share:.2%} of the tokens, and val_fraction={val_fraction}')
     longest = min(num_tokens.values()) - 1  # a window is a token longer than block_size
-    if longest < 1:
-        print('NOTE: a split of one token is too short to train or to evaluate; add text')
-        return
     train = ('config/train_wikitext2_fast.py', 128)  # and its block_size
     finetune = ('config/finetune_shakespeare.py', 1024)
     if is_char:
