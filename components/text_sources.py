@@ -98,7 +98,7 @@ SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 
 def group_by_split(paths, source):
     """
-    {'train', 'val' or 'test': paths}, by the last such word in the path of each file in `source`.
+    {'train', 'val' or 'test': paths}, by the first such word in the path of each file in `source`.
     Words count if one says train and another val or test; files without one are for training.
     """
     named = {path: _split_in_name(path.relative_to(source)) for path in paths}
@@ -117,8 +117,7 @@ def group_by_split(paths, source):
 
 def _split_in_name(path):
     words = re.findall('[a-z]+', path.as_posix().lower())
-    splits = [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES]
-    return splits[-1] if splits else None
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 # -----------------------------------------------------------------------------
 # documents
@@ -196,7 +195,10 @@ def _csv_rows(path, key):
     csv.field_size_limit(2**31 - 1)
     delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
     with open(path, newline='', encoding='utf-8-sig') as file:
-        yield from csv.DictReader(file, delimiter=delimiter)
+        for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+            if None in row:  # the key of the fields that have no name
+                raise ValueError('it has more fields than the header; quote texts with a delimiter')
+            yield row
 
 
 _ROW_READERS = {'.parquet': _parquet_rows, '.json': _json_rows, '.jsonl': _json_rows,
@@ -240,8 +242,8 @@ def _not_in_utf8(path):
             try:
                 line.decode()
             except UnicodeDecodeError:
-                return UserError(f'{path}, line {number}: not in UTF-8')
-    return UserError(f'{path}: not in UTF-8')
+                return UserError(f'{path}, line {number}: not in UTF-8; save it as UTF-8')
+    return UserError(f'{path}: not in UTF-8; save it as UTF-8')
 
 
 def read_text(path):

@@ -172,7 +172,7 @@ def print_next_commands(is_char, num_tokens, context):
     share = num_tokens['val'] / sum(num_tokens.values())
     if abs(share - val_fraction) > val_fraction / 2:
         print(f'NOTE: val.bin has {share:.2%} of the tokens, and val_fraction={val_fraction}')
-    longest = min(num_tokens.values()) - 1  # a window is a token longer than block_size
+    longest = max(1, min(num_tokens.values()) - 1)  # a window is a token longer than block_size
     train = ('config/train_wikitext2_fast.py', 128)  # and its block_size
     finetune = ('config/finetune_shakespeare.py', 1024)
     if is_char:
