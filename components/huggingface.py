@@ -62,9 +62,8 @@ def find_name(model_type):
         return find_gpt2(model_type)
     if os.path.isdir(model_type):
         if not os.path.exists(os.path.join(model_type, 'config.json')):
-            checkpoint = os.path.join(model_type, 'ckpt.pt')
-            raise UserError(f'{model_type} has no config.json of a Hugging Face model; to load a '
-                            f'checkpoint, name its file, as in {checkpoint}')
+            raise UserError(f'{model_type} has neither a ckpt.pt nor the config.json of a Hugging '
+                            'Face model; choose another directory')
         return model_type
     if model_type.count('/') != 1:
         names = ', '.join(GPT2_NAMES)

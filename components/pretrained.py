@@ -28,8 +28,9 @@ def find_model(init_from, out_dir, best=True):
     Finds out what `init_from` names. Nothing is loaded, and what it names may not exist.
 
     Args:
-        init_from: 'scratch'; 'resume', a checkpoint in `out_dir`; a checkpoint file; one of
-            GPT2_NAMES; a Hugging Face directory; or namespace/name on the hub
+        init_from: 'scratch'; 'resume', a checkpoint in `out_dir`; a checkpoint file; the folder of
+            a run, for its best checkpoint; one of GPT2_NAMES; a Hugging Face directory; or
+            namespace/name on the hub
         out_dir: the folder of a run
         best: whether 'resume' is the checkpoint with the best validation loss, else the latest one
 
@@ -44,6 +45,9 @@ def find_model(init_from, out_dir, best=True):
         return ModelLocation('huggingface', init_from)
     if os.path.isfile(init_from) or init_from.endswith('.pt'):
         return ModelLocation('checkpoint', init_from)
+    path = find_checkpoint(init_from, best=True)
+    if path.exists():
+        return ModelLocation('checkpoint', str(path))
     return ModelLocation('huggingface', init_from)
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import urllib.request
 from array import array
+from codecs import BOM_UTF8
 from collections import Counter
 from hashlib import sha256
 from http.client import HTTPException
@@ -56,7 +57,7 @@ def find_files(source, suffixes, prefix=''):
     """
     The files to read, sorted by path: `source` itself, or the files with one of these suffixes in
     it and its subfolders. With `prefix`, only files directly in `source` whose names start with it.
-    Hidden files are skipped. Raises UserError if no file is left.
+    Lists what is skipped, except hidden files. Raises UserError if no file is left.
     """
     source = Path(source).expanduser()
     if not source.exists():
@@ -67,34 +68,27 @@ def find_files(source, suffixes, prefix=''):
         candidates = list(source.glob(f'{prefix}*'))
     else:
         candidates = _files_below(source)
-    found = []
-    skipped = Counter()
-    for path in sorted(candidates):
-        if path.name.startswith('.') or not path.is_file():
-            skipped['hidden or no file'] += 1
-        elif path.suffix.lower() in suffixes:
-            found.append(path)
-        else:
-            skipped[path.suffix.lower() or 'without a suffix'] += 1
-    listing = ', '.join(f'{number:,} {kind}' for kind, number in skipped.most_common(10))
+    found = [path for path in candidates if path.suffix.lower() in suffixes and path.is_file()]
+    skipped = Counter(path.suffix or 'without a suffix' for path in set(candidates) - set(found))
+    listing = ', '.join(f'{number:,} {suffix}' for suffix, number in skipped.most_common(10))
     if not found:
         patterns = ' or '.join(f'{prefix}*{suffix}' for suffix in suffixes)
         raise UserError(f'{source}: no {patterns} in it, only: {listing or "nothing"}; '
                         'data/custom/prepare.py reads other texts with --suffixes=.md,.py')
     if skipped:
         print(f'skipped files: {listing}')
-    return found
+    return sorted(found)
 
 
 def _files_below(source):
-    """ The files in `source` and its subfolders, except hidden folders and links to folders. """
+    """ The files in `source` and its subfolders; nothing hidden, and no links to folders. """
     def raise_error(error):
         raise error
 
     files = []
     for folder, subfolders, names in os.walk(source, onerror=raise_error):
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
-        files += [Path(folder, name) for name in names]
+        files += [Path(folder, name) for name in names if not name.startswith('.')]
     return files
 
 
@@ -104,34 +98,26 @@ SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 
 def group_by_split(paths, source):
     """
-    {'train', 'val' or 'test': paths}, by a word in the name of each file, or else of its folder in
-    `source`, if all files have such a word, or most have one and it says train and val: a folder of
-    code may have a train.py and many test_*.py. The others, or else all files, are for training.
+    {'train', 'val' or 'test': paths}, by the first such word in the path of each file in `source`.
+    Words count if one says train and another val or test; files without one are for training.
     """
-    splits = {path: _named_split(path.relative_to(source)) for path in paths}
-    numbers = Counter(splits.values())
-    if numbers['val'] + numbers['test'] == 0:
+    named = {path: _split_in_name(path.relative_to(source)) for path in paths}
+    splits = set(named.values()) - {None}
+    if 'train' not in splits or len(splits) == 1:
+        if splits - {'train'}:
+            print('NOTE: no name of a file says train, so names that say val or test do not count')
         return {'train': paths}
-    allowed = len(paths) / 2 if numbers['val'] else 0
-    if numbers['train'] == 0 or numbers['other'] > allowed:
-        print('NOTE: names of files that say val or test do not count, because none says train, '
-              'or others say no split')
-        return {'train': paths}
-    print('files by their names:', ', '.join(f'{numbers[name]:,} {name}' for name in numbers))
-    groups = {}
+    groups = {split: [] for split in ('train', 'val', 'test') if split in splits}
     for path in paths:
-        split = splits[path] if splits[path] != 'other' else 'train'
-        groups.setdefault(split, []).append(path)
-    return {split: groups[split] for split in ('train', 'val', 'test') if split in groups}
+        groups[named[path] or 'train'].append(path)
+    numbers = ', '.join(f'{len(groups[split]):,} {split}' for split in groups)
+    print(f'files by their names: {numbers}')
+    return groups
 
 
-def _named_split(path):
-    for name in (path.stem, *reversed(path.parent.parts)):
-        words = re.split('[^a-z]+', name.lower())
-        splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-        if len(splits) == 1:
-            return splits.pop()
-    return 'other'
+def _split_in_name(path):
+    words = re.findall('[a-z]+', path.as_posix().lower())
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 # -----------------------------------------------------------------------------
 # documents
@@ -139,86 +125,80 @@ def _named_split(path):
 
 def read_texts(path, key='text'):
     """
-    The documents of a file as a stream of texts: each row of a .parquet, .csv or .tsv file, each
-    line of a .jsonl file, each element of the list in a .json file; any other file is one document
-    in UTF-8. Raises UserError with the row or line that cannot be read.
+    The documents of a file as a stream of texts: each text of `read_rows`; a file of another format
+    is one document in UTF-8. Raises UserError with the row or line that cannot be read.
+    """
+    if path.suffix.lower() not in _ROW_READERS:
+        yield from _read_txt(path)
+        return
+    for text in read_rows(path, key):
+        blocks = (text[i:i + PIECE_SIZE] for i in range(0, len(text), PIECE_SIZE))
+        yield from _in_pieces(blocks)
+        yield END_OF_DOCUMENT
+
+
+def read_rows(path, key='text'):
+    """
+    The text of each row of a .parquet, .csv or .tsv file, of each line of a .jsonl file that is not
+    blank, or of each element of the list in a .json file.
 
     Args:
         key: of the text, in a row that has several values
     """
-    read_rows = _ROW_READERS.get(path.suffix.lower())
-    if read_rows is None:
-        yield from _read_txt(path)
-        return
+    number = 1  # of the row that is being read
     try:
-        for place, row in read_rows(path, key):
-            text = _text_of(row, key, f'{path}, {place}')
-            blocks = (text[i:i + PIECE_SIZE] for i in range(0, len(text), PIECE_SIZE))
-            yield from _in_pieces(blocks)
-            yield END_OF_DOCUMENT
-    except (ValueError, csv.Error) as error:  # of decoding UTF-8 and JSON too
-        raise UserError(f'{path}: {error}') from None
+        for row in _ROW_READERS[path.suffix.lower()](path, key):
+            yield _text_of(row, key)
+            number += 1
+    except UnicodeDecodeError:
+        raise _not_in_utf8(path) from None
+    except (ValueError, OSError, csv.Error) as error:  # of pyarrow and json too
+        raise UserError(f'{path}, row {number}: {error}') from None
 
 
-def _text_of(row, key, place):
-    """ The text of a row: a string, a dict with one, or a line of JSON (bytes) with either. """
-    try:
-        if isinstance(row, bytes):
-            row = json.loads(row.decode('utf-8-sig'))
-        text = row
-        if isinstance(row, dict):
-            _check_key(key, row)
-            text = row[key]
-        if not isinstance(text, str):
-            raise ValueError(f'{text!r:.50} is not a text')
-        text.encode()  # raises if the text holds half of a surrogate pair
-    except ValueError as error:
-        raise UserError(f'{place}: {error}') from None
+def _text_of(row, key):
+    """ The text of a row: a string, or a dict with one. """
+    text = row
+    if isinstance(row, dict):
+        if key not in row:
+            names = ', '.join(map(repr, row))
+            raise ValueError(f'no key {key!r}, only {names:.199}; data/custom/prepare.py reads '
+                             'another one with --key=NAME')
+        text = row[key]
+    if not isinstance(text, str):
+        raise ValueError(f'{text!r:.50} is not a text')
+    text.encode()  # raises if the text holds half of a surrogate pair
     return text
 
 
-def _check_key(key, keys):
-    if key not in keys:
-        listing = ', '.join(map(repr, keys))
-        raise ValueError(f'no key {key!r}, only {listing:.199}; data/custom/prepare.py reads '
-                         'another one with --key=NAME')
-
-
 def _parquet_rows(path, key):
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
-    row = 0
-    try:
-        with ParquetFile(path, memory_map=True) as file:
-            _check_key(key, file.schema_arrow.names)
-            for batch in file.iter_batches(100, columns=[key]):
-                for text in batch[key].to_pylist():
-                    row += 1
-                    yield f'row {row}', {key: text}
-    except (ArrowException, OSError) as error:
-        raise UserError(f'{path}: {error}') from None
+    with ParquetFile(path, memory_map=True) as file:
+        columns = [key] if key in file.schema_arrow.names else None  # all, to name them
+        for batch in file.iter_batches(100, columns=columns):
+            yield from batch.to_pylist()
 
 
 def _json_rows(path, key):
     with open(path, 'rb') as file:
-        first_characters = file.read(1000).decode('utf-8-sig', errors='replace').lstrip()
-        file.seek(0)
-        if path.suffix.lower() == '.json' and first_characters.startswith('['):
-            for number, row in enumerate(json.loads(file.read().decode('utf-8-sig')), 1):
-                yield f'row {number}', row
+        beginning = file.read(1000).lstrip(BOM_UTF8 + b' \t\r\n')
+        if path.suffix.lower() == '.json' and beginning.startswith(b'['):
+            yield from json.loads(path.read_bytes())
             return
-        for number, line in enumerate(file, 1):
+        file.seek(0)
+        for line in file:
             if line.strip():
-                yield f'line {number}', line
+                yield json.loads(line)
 
 
 def _csv_rows(path, key):
     csv.field_size_limit(2**31 - 1)
     delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
     with open(path, newline='', encoding='utf-8-sig') as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        for row in rows:
-            yield f'line {rows.line_num}', row
+        for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+            if None in row:  # the key of the fields that have no name
+                raise ValueError('it has more fields than the header; quote texts with a delimiter')
+            yield row
 
 
 _ROW_READERS = {'.parquet': _parquet_rows, '.json': _json_rows, '.jsonl': _json_rows,
@@ -234,48 +214,41 @@ def _read_txt(path):
         with open(path, encoding='utf-8-sig') as file:
             yield from _in_pieces(iter(lambda: file.read(PIECE_SIZE), ''))
     except UnicodeDecodeError:
-        raise UserError(f'{path}, line {_line_not_in_utf8(path)}: not in UTF-8') from None
+        raise _not_in_utf8(path) from None
     yield END_OF_DOCUMENT
 
 
 def _in_pieces(blocks):
     """
     A document in pieces of about PIECE_SIZE, from blocks of that size. Each piece ends before white
-    space, where no token of GPT-2 continues, so the tokens are those of the whole text: at the end
-    of a line, or else of a word. A text without white space is cut anywhere.
+    space, where no token of GPT-2 continues, so the tokens are those of the whole text. A text
+    without white space is cut anywhere.
     """
     rest = ''
     for block in blocks:
         rest += block
         if len(rest) >= PIECE_SIZE and not rest.isspace():
-            end = _end_of_piece(rest)
+            words = rest.rsplit(maxsplit=1)  # the text before the last word, and that word
+            end = len(words[0]) if len(words) == 2 else len(rest.rstrip())
             yield rest[:end]
             rest = rest[end:]
     yield rest
 
 
-def _end_of_piece(text):
-    for separator in ('\n', ' '):
-        end = len(text.rpartition(separator)[0].rstrip())
-        if end > 0:
-            return end
-    return len(text)
-
-
-def _line_not_in_utf8(path):
+def _not_in_utf8(path):
+    """ The UserError that names the first line which is not in UTF-8. """
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
             except UnicodeDecodeError:
-                return number
-    return None
+                return UserError(f'{path}, line {number}: not in UTF-8; save it as UTF-8')
+    return UserError(f'{path}: not in UTF-8; save it as UTF-8')
 
 
 def read_text(path):
     """ The whole text of a file in UTF-8. Raises UserError with the line that cannot be read. """
-    pieces = [piece for piece in _read_txt(path) if piece is not END_OF_DOCUMENT]
-    return ''.join(pieces)
+    return ''.join(piece for piece in _read_txt(path) if piece is not END_OF_DOCUMENT)
 
 
 def read_files(paths, key='text'):
@@ -336,13 +309,9 @@ def _load_local_rows(paths, cache_dir):
 
 
 def _generate_rows(paths):
-    pieces = []
-    for text in read_files(paths):
-        if text is END_OF_DOCUMENT:
-            yield {'text': ''.join(pieces)}
-            pieces = []
-        else:
-            pieces.append(text)
+    for path in paths:
+        for text in read_rows(path):
+            yield {'text': text}
 
 
 def _load_hub_rows(name, config, split):

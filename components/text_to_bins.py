@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from tqdm import tqdm
@@ -109,11 +109,13 @@ def write_bins(folder, splits, spec, num_characters, special=False):
 
 def _note_other_vocabulary(folder, spec):
     """ Prints a line if a model that was trained on the old bins cannot read the new ones. """
-    old_spec = None
-    with suppress(UserError):  # the old meta.pkl may be damaged
+    if not (folder / 'train.bin').exists():
+        return
+    try:
         old_spec = tokenizer_spec(load_meta(folder))
-    is_known = old_spec is not None and (folder / 'train.bin').exists()
-    if is_known and not has_tokens_of(old_spec, spec):
+    except UserError:  # a damaged meta.pkl
+        return
+    if old_spec is not None and not has_tokens_of(old_spec, spec):
         print(f'NOTE: the vocabulary of {folder} changes, and checkpoints of the old one cannot be '
               'resumed with it; --tokenizer=PATH/ckpt.pt of data/custom/prepare.py prepares a text '
               'with the vocabulary of a checkpoint')

@@ -42,7 +42,7 @@ class CharTokenizer:
 
     def encode(self, text, special=False):
         """ Raises UserError if `text` has a character that is not in the vocabulary. """
-        unknown = ''.join(sorted(set(text) - set(self.itos)))
+        unknown = ''.join(sorted(set(text).difference(self.stoi)))
         if unknown:
             vocabulary = ''.join(self.itos)
             raise UserError(f'{unknown!r:.99} is not in the vocabulary, {vocabulary!r:.199}')
@@ -141,11 +141,10 @@ def hf_spec(name):
             'read a spiece.model: pip install sentencepiece, and name its class in '
             'tokenizer_config.json)') from None
     vocabulary = backend.get_vocab()
-    for token in (tokenizer.eos_token, *END_TOKENS):
-        if token in vocabulary:
-            backend.add_special_tokens([token])  # it keeps its id
-            return {'kind': 'hf', 'json': backend.to_str(), 'end': vocabulary[token]}
-    return {'kind': 'hf', 'json': backend.to_str(), 'end': None}
+    end = next((token for token in (tokenizer.eos_token, *END_TOKENS) if token in vocabulary), None)
+    if end is not None:
+        backend.add_special_tokens([end])  # it keeps its id
+    return {'kind': 'hf', 'json': backend.to_str(), 'end': vocabulary.get(end)}
 
 
 def load_hf_tokenizer(name):

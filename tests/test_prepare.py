@@ -188,7 +188,7 @@ def test_prepare_bookcorpus(clone, tmp_path, prepare, gpt2):
 def test_prepare_rows_bad_file(clone, tmp_path, prepare):
     """ One line; neither the source nor the dataset's folder changes. """
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(SystemExit, match='a.jsonl, line 2: 1 is not a text') as stopped:
+    with pytest.raises(SystemExit, match='a.jsonl, row 2: 1 is not a text') as stopped:
         prepare('bookcorpus', source='a.jsonl')
     assert '\n' not in stopped.value.code
     names = sorted(path.name for path in (clone / 'data/bookcorpus').iterdir())
@@ -305,6 +305,20 @@ def test_custom_newline_between_documents(tmp_path, prepare, texts, expected, to
     assert ''.join(itos[i] for i in ids) == expected
 
 
+def test_custom_no_mark_between_documents(tmp_path, prepare):
+    """ Nothing is claimed of a tokenizer with neither a newline nor an end-of-text token. """
+    model = tokenizers.models.BPE({'a': 0, 'b': 1}, [])
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
+    saved.save_pretrained(tmp_path / 'hf')
+    (tmp_path / 'source').mkdir()
+    for split in ('train', 'val'):
+        write_jsonl(tmp_path / f'source/{split}.jsonl', ['ab', 'ba'])
+    out = prepare('custom', source='source', name=tmp_path / 'bins', tokenizer='hf')
+    assert 'nothing marks where a document ends' in out
+    assert 'ends with a newline' not in out
+    assert read(tmp_path / 'bins', 'train') == [0, 1, 1, 0]
+
+
 def test_custom_end_of_text_in_a_text(tmp_path, prepare, gpt2):
     stories = 'the cat<|endoftext|>\nthe mat<|endoftext|>' * 20
     (tmp_path / 'a.txt').write_text(stories)
@@ -330,9 +344,9 @@ def test_custom_suffixes_and_key(tmp_path, prepare):
     assert '1 files, 2 documents, 6 characters' in out
 
 
-@pytest.mark.parametrize('tokenizer', ['run/ckpt.pt', 'first', 'gpt2-bins'])
+@pytest.mark.parametrize('tokenizer', ['run/ckpt.pt', 'run', 'first', 'gpt2-bins'])
 def test_custom_vocabulary_of_a_model(clone, tmp_path, prepare, gpt2, tokenizer):
-    """ That of a checkpoint, of a dataset, of a dataset in GPT-2's tokens. """
+    """ That of a checkpoint, of a run, of a dataset, of a dataset in GPT-2's tokens. """
     (tmp_path / 'first.txt').write_text('the cat sat\n' * 9)
     prepare('custom', source='first.txt', name='first', tokenizer='char')
     prepare('custom', source='first.txt', name='gpt2-bins')
@@ -417,8 +431,8 @@ def bpe(tmp_path):
 @pytest.mark.slow
 def test_custom_hugging_face_tokenizer_trained_and_sampled(tmp_path, prepare, bpe):
     """ The dataset and the checkpoint hold the tokenizer. """
-    documents = [f'the cat {i} sat on a mat.\n' * 20 for i in range(20)]
-    documents[3] += '<eos>the cat'  # the token
+    documents = [f'the cat {i:02} sat on a mat.\n' * 20 for i in range(20)]
+    documents[3] = documents[3][:-12] + '<eos>the cat'  # the token
     write_jsonl(tmp_path / 'a.jsonl', documents)
     folder = tmp_path / 'bins'
     prepare('custom', source='a.jsonl', name=folder, tokenizer='hf', val_fraction=0.2)
@@ -444,7 +458,7 @@ def test_custom_hugging_face_tokenizer_trained_and_sampled(tmp_path, prepare, bp
     pytest.param(dict(tokenizer='gpt2'), 2, id='gpt2'),
     pytest.param(dict(tokenizer='hf'), 1, id='tokenizer without weights'),
     pytest.param(dict(tokenizer='my hf'), 2, id='Hugging Face directory'),
-    pytest.param(dict(tokenizer='my run/ckpt.pt'), 2, id='checkpoint'),
+    pytest.param(dict(tokenizer='my run'), 2, id='run'),
 ])
 @pytest.mark.usefixtures('gpt2', 'bpe')
 def test_custom_printed_commands(tmp_path, prepare, settings, num_commands):

@@ -61,6 +61,12 @@ def test_kinds_of_sources(here, init_from, kind):
     assert find_model(init_from, out_dir='out') == ModelLocation(kind, init_from)
 
 
+def test_folder_of_a_run(here, tiny):
+    save_checkpoint('out/ckpt.pt', tiny)
+    save_checkpoint('out/ckpt_last.pt', tiny)
+    assert find_model('out', out_dir='') == ModelLocation('checkpoint', 'out/ckpt.pt')
+
+
 @pytest.mark.parametrize('eval_only, name', [(True, 'ckpt.pt'), (False, 'ckpt_last.pt')])
 def test_resume_from_the_best_or_the_latest(here, tiny, eval_only, name):
     save_checkpoint('out/ckpt.pt', tiny)

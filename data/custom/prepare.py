@@ -4,8 +4,8 @@ Your own text: python data/custom/prepare.py --source=notes/ --name=notes
 Source: .txt files, each a document; .jsonl, .json, .csv, .tsv and .parquet files, a document in
 each row's `text`; sorted by path. In a folder, files that end in one of `suffixes`.
 Split: by the names of files or folders, if these say train and valid, val, dev or test. Else
-documents chosen by numpy.random.default_rng(2357), of which the last one is cut, and its last
-characters are for validation: val.bin has `val_fraction` of the characters.
+documents chosen by numpy.random.default_rng(2357), until val.bin has `val_fraction` of the
+characters: of the last document, unless it is small, only its last characters.
 Tokens: an end-of-text token after each document, or a newline if the tokenizer has none.
 """
 import os
@@ -42,7 +42,7 @@ name = 'custom'     # the bins are written to data/<name>/
 suffixes = '.txt,.jsonl,.parquet'  # of the files in a folder that are read, such as .md,.py
 key = 'text'        # of the text in a row of .jsonl, .json, .csv, .tsv and .parquet files
 tokenizer = 'gpt2'  # 'gpt2'; 'char' for a token per character; a Hugging Face directory; or, for
-                    # the vocabulary of a trained model, its checkpoint or the name of its dataset
+                    # the vocabulary of a trained model, its checkpoint, its out_dir or its dataset
 val_fraction = 0.1  # part of the text that is held out for validation
 # -----------------------------------------------------------------------------
 
@@ -57,82 +57,96 @@ def check_settings(folder):
         raise UserError(f'name={name!r} must be the name of a folder in data/, or an absolute path')
     if folder != FOLDER and (folder / 'prepare.py').exists():
         raise UserError(f'{folder} belongs to another prepare.py; choose another --name')
-    exists = os.path.exists(tokenizer) or (DATA_DIR / tokenizer / 'train.bin').exists()
+    exists = os.path.exists(tokenizer) or is_dataset(tokenizer)
     if tokenizer not in ('gpt2', 'char') and not exists:
         raise UserError(f'tokenizer={tokenizer!r} must be gpt2, char, a Hugging Face directory, a '
-                        'checkpoint, or a dataset')
+                        'checkpoint, the folder of a run, or a dataset')
 
 
-def load_spec():
-    """ The spec of the tokenizer of a checkpoint, a dataset, or a Hugging Face directory. """
-    if os.path.isfile(tokenizer):
-        from components.pretrained import find_model, load_model, load_tokenizer_spec
-        location = find_model(tokenizer, out_dir='')
-        return load_tokenizer_spec(location, *load_model(location, mmap=True))
-    if not (DATA_DIR / tokenizer / 'train.bin').exists():
-        return hf_spec(tokenizer)
-    spec = tokenizer_spec(load_meta(tokenizer))
-    if spec is None:
-        raise UserError(f'the meta.pkl of {tokenizer} has no characters; set another --tokenizer')
-    return spec
+def is_dataset(name):
+    return (DATA_DIR / name / 'train.bin').exists()
 
 
-def make_spec(characters):
-    """ The spec of the tokenizer for a text of these characters. """
+def load_spec(characters):
+    """
+    The spec of the tokenizer for a text of these characters, and the context length of the model
+    that `tokenizer` names; 0 if it names none that train.py can load.
+    """
     if tokenizer == 'gpt2':
-        return {'kind': 'gpt2'}
+        return {'kind': 'gpt2'}, 1024
     if tokenizer == 'char':
-        return {'kind': 'char', 'itos': sorted(characters)}
-    spec = load_spec()
-    unknown = []
-    if spec['kind'] == 'char':
-        unknown = sorted(characters - set(spec['itos']))
-    elif spec['kind'] == 'hf':
-        encode = get_tokenizer(spec).encode
-        unknown = [c for c in sorted(characters) if not c.isspace() and not encode(c)]
-    if unknown:
-        raise UserError(f'{tokenizer} has no token for {"".join(unknown)!r:.99}; remove that from '
-                        'the text, or train a new model with --tokenizer=char')
-    return spec
+        return {'kind': 'char', 'itos': sorted(characters)}, 0
+    if is_dataset(tokenizer):
+        spec = tokenizer_spec(load_meta(tokenizer))
+        if spec is None:
+            raise UserError(f'the meta.pkl of {tokenizer} has no characters; set --tokenizer=char')
+        return spec, 0
+
+    from components.pretrained import find_model, load_model, load_tokenizer_spec
+    location = find_model(tokenizer, out_dir='')
+    try:
+        model, checkpoint = load_model(location, mmap=True)
+    except UserError:
+        if location.kind == 'checkpoint':
+            raise
+        return hf_spec(tokenizer), 0  # a directory with a tokenizer alone
+    return load_tokenizer_spec(location, model, checkpoint), model.config.block_size
+
+
+def has_token(encode, character):
+    try:
+        return len(encode(character)) > 0
+    except UserError:
+        return False
+
+
+def check_characters(encode, characters, is_char):
+    """ Raises UserError if a character would be lost; tokens of words do without white space. """
+    needed = [character for character in sorted(characters) if is_char or not character.isspace()]
+    lost = [character for character in needed if not has_token(encode, character)]
+    if lost:
+        raise UserError(f'{tokenizer} has no token for {"".join(lost)!r:.99}; remove that from the '
+                        'text, or train a new model with --tokenizer=char')
 
 
 def choose_train_sizes(sizes):
     """
     How many leading characters of each document are for training, from the numbers of characters.
-    At random, documents are held out until the validation split is full. The last one is cut, if
-    the split would else be larger or smaller by more than a tenth.
+    The others are for validation, of random documents until their share is val_fraction.
     """
     train_sizes = np.array(sizes)
     num_characters = int(train_sizes.sum())
     rest = num_characters - int(num_characters * (1 - val_fraction))
-    tolerance = min(rest, num_characters - rest) / 10
+    small = min(rest, num_characters - rest) / 10  # a document that is not cut
     for number in np.random.default_rng(2357).permutation(len(sizes)):
-        held_out = train_sizes[number]
-        if held_out > rest + tolerance:
-            held_out = rest if rest > tolerance else 0
-        train_sizes[number] -= held_out
-        rest -= held_out
         if rest <= 0:
             break
-    return train_sizes.tolist()
+        held_out = train_sizes[number]
+        if held_out > small:
+            held_out = min(held_out, rest)
+        train_sizes[number] -= held_out
+        rest -= held_out
+    return train_sizes
 
 
-def divide(paths, train_sizes, split):
-    """ The training or validation split of documents of which `train_sizes` are for training. """
-    sizes = iter(train_sizes)
-    rest = next(sizes, 0)
-    has_part = False  # of this document, in this split
+def take(paths, starts, stops):
+    """
+    A stream of the characters from start to stop of each document. The part of a document ends as
+    a document does, unless it is the beginning of the only one.
+    """
+    number = 0    # of the document
+    position = 0  # in the document
     for text in read_files(paths, key):
+        start = starts[number]
+        stop = stops[number]
         if text is not END_OF_DOCUMENT:
-            part = text[:rest] if split == 'train' else text[rest:]
-            yield part
-            has_part |= part != ''
-            rest -= min(rest, len(text))
+            yield text[max(0, start - position):max(0, stop - position)]
+            position += len(text)
         else:
-            if has_part and (split == 'val' or len(train_sizes) > 1):
+            if start < stop and (stop == position or len(stops) > 1):
                 yield END_OF_DOCUMENT
-            rest = next(sizes, 0)
-            has_part = False
+            number += 1
+            position = 0
 
 
 def end_with_newline(texts):
@@ -147,48 +161,28 @@ def end_with_newline(texts):
             last = '\n'
 
 
-def context_length():
-    """ The context length of the model that `tokenizer` names; 0 if train.py cannot load it. """
-    if tokenizer == 'gpt2':
-        return 1024
-    if not os.path.exists(tokenizer):
-        return 0
-    from components.pretrained import find_model, load_model
-    try:
-        model, _ = load_model(find_model(tokenizer, out_dir=''), mmap=True)
-    except UserError:
-        return 0
-    return model.config.block_size
+def command(config, block_size, longest, *flags):
+    return shlex.join(['python', 'train.py', config, f'--dataset={name}',
+                       f'--out_dir=out-{Path(name).name}',
+                       f'--block_size={min(block_size, longest)}', *flags])
 
 
-def print_command(aim, config, block_size, longest, **flags):
-    """ Prints a command of train.py, with a block_size that the model and the splits allow. """
-    flags = {**flags, 'dataset': name, 'out_dir': f'out-{Path(name).name}'}
-    if longest < block_size:
-        flags['block_size'] = longest
-    arguments = [f'--{key}={value}' for key, value in flags.items()]
-    print(f'to {aim}: {shlex.join(["python", "train.py", config, *arguments])}')
-
-
-def print_next_commands(is_char, num_tokens):
+def print_next_commands(is_char, num_tokens, context):
+    """ Prints commands of train.py, with a block_size that the splits and the model allow. """
     share = num_tokens['val'] / sum(num_tokens.values())
     if abs(share - val_fraction) > val_fraction / 2:
         print(f'NOTE: val.bin has {share:.2%} of the tokens, and val_fraction={val_fraction}')
-    longest = min(num_tokens.values()) - 1  # a window is a token longer than block_size
-    if longest < 1:
-        print('NOTE: a split of one token is too short to train or to evaluate; add text')
-        return
-    config, block_size = 'config/train_wikitext2_fast.py', 128
+    longest = max(1, min(num_tokens.values()) - 1)  # a window is a token longer than block_size
+    train = ('config/train_wikitext2_fast.py', 128)  # and its block_size
+    finetune = ('config/finetune_shakespeare.py', 1024)
     if is_char:
-        config, block_size = 'config/train_python_char.py', 64
-    print_command('train a model', config, block_size, longest)
+        train = finetune = ('config/train_python_char.py', 64)
+    print('to train a model:', command(*train, longest))
     if not is_char:
         print('for more than 500,000 tokens, see the first lines of that config')
-        config, block_size = 'config/finetune_shakespeare.py', 1024
-    context = context_length()
     if context > 0:
-        print_command(f'fine-tune {tokenizer}', config, block_size, min(longest, context),
-                      init_from=tokenizer)
+        longest = min(longest, context)
+        print(f'to fine-tune {tokenizer}:', command(*finetune, longest, f'--init_from={tokenizer}'))
 
 
 if __name__ == '__main__':
@@ -213,15 +207,23 @@ if __name__ == '__main__':
         has_marks = max(map(len, sizes.values())) > 1  # between documents
         if has_marks and tokenizer == 'char':
             characters.add('\n')
-        spec = make_spec(characters)
+        spec, context = load_spec(characters)
+        is_char = spec['kind'] == 'char'
+        encoder = get_tokenizer(spec)
+        check_characters(encoder.encode, characters, is_char)
+
         splits = {split: read_files(groups[split], key) for split in groups}
         if 'val' not in groups:
             train_sizes = choose_train_sizes(sizes['train'])
-            for split in ('train', 'val'):
-                splits[split] = divide(groups['train'], train_sizes, split)
-        if has_marks and get_tokenizer(spec).end_of_text is None:
-            print(f'{tokenizer} has no end-of-text token; each document ends with a newline')
-            splits = {split: end_with_newline(texts) for split, texts in splits.items()}
+            splits['train'] = take(groups['train'], np.zeros_like(train_sizes), train_sizes)
+            splits['val'] = take(groups['train'], train_sizes, sizes['train'])
+        if has_marks and encoder.end_of_text is None:
+            if has_token(encoder.encode, '\n'):
+                print(f'{tokenizer} has no end-of-text token; each document ends with a newline')
+                splits = {split: end_with_newline(splits[split]) for split in splits}
+            else:
+                print(f'NOTE: {tokenizer} has no end-of-text token and no newline; nothing marks '
+                      'where a document ends')
         num_characters = sum(map(sum, sizes.values()))
         num_tokens = write_bins(folder, splits, spec, num_characters, special=True)
-        print_next_commands(spec['kind'] == 'char', num_tokens)
+        print_next_commands(is_char, num_tokens, context)
