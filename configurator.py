@@ -90,8 +90,12 @@ def _configure(settings):  # noqa: C901  it is small functions, which the script
         return names
 
     def as_in_nanogpt(key, value):
-        """ A value of a config file; a float for an int is rounded, None for a str is ''. """
+        """ A value of a config file, as the type of the default: None, for a str, is ''. """
         kind = type(defaults[key])
+        if kind is bool and value in (0, 1):
+            return bool(value)
+        if kind is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
         if kind is int and isinstance(value, float) and math.isfinite(value):
             return round(value)
         return '' if kind is str and value is None else value

@@ -185,11 +185,16 @@ def check_fit(model, location, checkpoint, data, vocab_size, spec, settings):
         own_spec = spec_of_checkpoint(checkpoint, model.config.vocab_size)
     elif location.kind == 'huggingface' and is_first_process():  # the others may lack its files
         own_spec = load_gpt2_spec(location.name, model.config.vocab_size)
+    is_unknown = own_spec is None and (checkpoint is not None or location.kind == 'huggingface')
     if own_spec and spec:
         tokenizer = 'gpt2' if own_spec['kind'] == 'gpt2' else shlex.quote(location.name)
         require(has_tokens_of(own_spec, spec),
                 f'dataset={dataset} has other tokens than {location.name}; prepare text for it: '
                 f'python data/custom/prepare.py --source=FILE --name=NAME --tokenizer={tokenizer}')
+    elif is_unknown and is_first_process() and spec and spec['kind'] != 'gpt2':
+        require(model.config.vocab_size == vocab_size,
+                f'{location.name} has a vocabulary of {model.config.vocab_size} and no tokenizer, '
+                f'and dataset={dataset} has {vocab_size}; set the --dataset that it was trained on')
     num_needed = max(largest_id(ids) + 1 for ids in data.values())
     # GPT-2's models differ in padding, others may lack special tokens that are in no text
     if spec != {'kind': 'gpt2'} and location.kind != 'huggingface':

@@ -193,14 +193,20 @@ class _PlainDataUnpickler(pickle.Unpickler):
     """ Refuses classes and functions but PLAIN_DATA, so that loading a file cannot run code. """
 
     def find_class(self, module, name):
-        module = module.replace('numpy.core', 'numpy._core')  # the name before NumPy 2
+        # the names before NumPy 2 and Python 3
+        module = module.replace('numpy.core', 'numpy._core').replace('__builtin__', 'builtins')
         if (module, name) not in PLAIN_DATA:
             raise pickle.UnpicklingError(f'it contains code ({module}.{name}), which was not run')
         return super().find_class(module, name)
 
 
-PLAIN_DATA = {('collections', 'OrderedDict'), ('numpy', 'dtype'),
-              ('numpy._core.multiarray', 'scalar')}
+PLAIN_DATA = {
+    ('builtins', 'int'), ('builtins', 'str'), ('builtins', 'list'), ('builtins', 'dict'),
+    ('builtins', 'set'), ('builtins', 'bytearray'), ('_codecs', 'encode'),  # of bytes
+    ('collections', 'OrderedDict'), ('collections', 'defaultdict'), ('collections', 'Counter'),
+    ('numpy', 'dtype'), ('numpy', 'ndarray'), ('numpy._core.multiarray', 'scalar'),
+    ('numpy._core.multiarray', '_reconstruct'),
+}
 
 
 def _check_meta(meta):
@@ -251,12 +257,15 @@ def tokenizer_spec(meta):
     spec = meta.get('tokenizer')
     if isinstance(spec, dict) and spec.get('kind') == 'hf':
         return spec
-    itos = meta.get('itos') or None  # a list, or a dict
+    itos = meta.get('itos', {})  # a dict, a list or an array
     try:
-        ''.join(itos[i] for i in range(len(itos)))
-    except (KeyError, TypeError):  # ids with gaps, something other than text, or no itos
+        characters = [itos[i] for i in range(len(itos))]
+        ''.join(characters)
+    except (KeyError, TypeError):  # ids with gaps, or something other than text
         return None
-    return {'kind': 'char', 'itos': [str(itos[i]) for i in range(len(itos))]}
+    if not characters:
+        return None
+    return {'kind': 'char', 'itos': [str(character) for character in characters]}
 
 
 def spec_of_checkpoint(checkpoint, vocab_size):

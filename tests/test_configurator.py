@@ -85,6 +85,8 @@ def test_value(configure, argument, expected):
     pytest.param('size = 5020 * 0.02\nname = None\n', dict(size=100, name=''), id="nanoGPT's"),
     pytest.param('import numpy as np\nsize = np.float64(2.6)\n', dict(size=3), id='numpy, rounded'),
     pytest.param('size = 2.0\n', dict(size=2), id='whole'),
+    pytest.param('from pathlib import Path\nflag = 1\nname = Path("out")\n',
+                 dict(flag=True, name='out'), id='as in Python'),
     pytest.param('sizes = 5\nsize = 2 * sizes\n', dict(size=10), id='helper like its setting'),
     pytest.param('del size\nflag = True\n', dict(flag=True), id='deleted setting'),
 ])

@@ -1,6 +1,8 @@
 """ What init_from names, and the model and the tokenizer that it stands for. """
 import os
 import pickle
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -149,8 +151,11 @@ def test_a_bug_in_the_model_keeps_its_traceback(here, tiny, monkeypatch):
         load_model(CHECKPOINT)
 
 
-def test_fine_tuning_gpt2_keeps_its_gelu(trainer, hf_directory):
+def test_fine_tuning_gpt2_keeps_its_gelu(trainer, hf_directory, tmp_path, dataset):
     """ In a key of its own: readers of nanoGPT's seven model_args ignore it. """
+    ids = shutil.copytree(dataset, tmp_path / 'ids')
+    (ids / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 12}))  # of unknown tokens
+    trainer = partial(trainer, dataset=ids)
     val_loss = trainer(init_from='hf', max_iters=3)['val_loss']
     saved = torch.load('out/ckpt.pt', weights_only=True)
     assert saved['gelu'] == 'tanh'

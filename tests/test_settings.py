@@ -260,6 +260,7 @@ def test_tokens_of_a_checkpoint_of_nanogpt(tmp_path, meta, vocab_size, words):
     pytest.param({'vocab.txt': 'a\nb\nc'}, 50257, GPT2, 'dataset=words --tokenizer=', id='GPT-2'),
     pytest.param({}, 50304, ABC, 'dataset=words --tokenizer=gpt2', id="GPT-2's vocabulary"),
     pytest.param({}, 3, ABC, None, id='unknown tokens'),
+    pytest.param({}, 300, ABC, '300 dataset=words', id='others'),
     pytest.param({'spiece.model': ''}, 3, ABC, 'no tokenizer', id='damaged'),
 ])
 def test_tokens_of_a_directory(tmp_path, files, vocab_size, spec, words):

@@ -1,6 +1,6 @@
 """ Tokenizers encode and decode as their references do; their specs are plain data. """
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -154,7 +154,7 @@ def test_has_tokens_of(spec, other, expected):
 
 
 def save_meta(folder, meta):
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta, protocol=2))  # the oldest in use
 
 
 def test_meta_is_that_of_nanogpt():
@@ -173,6 +173,10 @@ def test_meta_is_that_of_nanogpt():
                  {'kind': 'char', 'itos': ['a', 'b']}, id='NumPy'),
     pytest.param(OrderedDict(vocab_size=2, itos=OrderedDict({1: 'b', 0: 'a'})),
                  {'kind': 'char', 'itos': ['a', 'b']}, id='OrderedDict'),
+    pytest.param({'vocab_size': 2, 'itos': np.array(['a', 'b'])},
+                 {'kind': 'char', 'itos': ['a', 'b']}, id='array'),
+    pytest.param({'vocab_size': 2, 'itos': defaultdict(int, {0: 'a', 1: 'b'}),
+                  'counts': Counter('ab')}, {'kind': 'char', 'itos': ['a', 'b']}, id='defaultdict'),
     pytest.param({'vocab_size': 2, 'itos': {0: 0, 1: 1}}, None, id='itos of bytes'),
     pytest.param({'vocab_size': 2, 'itos': [b'a', b'b']}, None, id='itos of byte strings'),
     pytest.param({'vocab_size': 3, 'itos': {0: 'a', 2: 'b'}}, None, id='itos with a gap'),
@@ -205,7 +209,6 @@ class Bomb:
 
 @pytest.mark.parametrize('meta, message', [
     pytest.param({'vocab_size': 3, 'itos': Bomb()}, 'contains code', id='function'),
-    pytest.param({'vocab_size': 3, 'itos': np.array(['a'])}, 'contains code', id='array'),
     pytest.param({'vocab_size': 3.0}, 'vocab_size=3.0', id='float'),
     pytest.param({'vocab_size': np.array}, 'contains code', id='function of NumPy'),
     pytest.param({'vocab_size': 2**16 + 1}, 'uint16', id='too large'),
