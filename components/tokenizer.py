@@ -193,8 +193,7 @@ class _PlainDataUnpickler(pickle.Unpickler):
     """ Refuses classes and functions but PLAIN_DATA, so that loading a file cannot run code. """
 
     def find_class(self, module, name):
-        # the names before NumPy 2 and Python 3
-        module = module.replace('numpy.core', 'numpy._core').replace('__builtin__', 'builtins')
+        module = module.replace('numpy.core', 'numpy._core')  # the name before NumPy 2
         if (module, name) not in PLAIN_DATA:
             raise pickle.UnpicklingError(f'it contains code ({module}.{name}), which was not run')
         return super().find_class(module, name)

@@ -153,8 +153,8 @@ def test_has_tokens_of(spec, other, expected):
 # meta.pkl
 
 
-def save_meta(folder, meta):
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta, protocol=2))  # the oldest in use
+def save_meta(folder, meta, protocol=None):
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta, protocol))
 
 
 def test_meta_is_that_of_nanogpt():
@@ -175,7 +175,7 @@ def test_meta_is_that_of_nanogpt():
                  {'kind': 'char', 'itos': ['a', 'b']}, id='OrderedDict'),
     pytest.param({'vocab_size': 2, 'itos': np.array(['a', 'b'])},
                  {'kind': 'char', 'itos': ['a', 'b']}, id='array'),
-    pytest.param({'vocab_size': 2, 'itos': defaultdict(int, {0: 'a', 1: 'b'}),
+    pytest.param({'vocab_size': 2, 'itos': defaultdict(str, {0: 'a', 1: 'b'}),
                   'counts': Counter('ab')}, {'kind': 'char', 'itos': ['a', 'b']}, id='defaultdict'),
     pytest.param({'vocab_size': 2, 'itos': {0: 0, 1: 1}}, None, id='itos of bytes'),
     pytest.param({'vocab_size': 2, 'itos': [b'a', b'b']}, None, id='itos of byte strings'),
@@ -192,6 +192,11 @@ def test_load_meta(tmp_path, meta, spec):
     assert loaded['vocab_size'] == meta['vocab_size']
     assert type(loaded['vocab_size']) is int
     assert tokenizer_spec(loaded) == spec
+
+
+def test_byte_strings_of_an_old_protocol(tmp_path):
+    save_meta(tmp_path, {'vocab_size': 2, 'stoi': {b'a': 0, b'b': 1}}, protocol=2)
+    assert load_meta(tmp_path)['stoi'] == {b'a': 0, b'b': 1}
 
 
 def test_gpt2_has_no_meta(tmp_path):
