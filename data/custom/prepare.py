@@ -3,7 +3,7 @@ Your own text: python data/custom/prepare.py --source=notes/ --name=notes
 
 Source: .txt files, each a document; .jsonl, .json, .csv, .tsv and .parquet files, a document in
 each row's `text`; sorted by path. In a folder, files that end in one of `suffixes`.
-Split: by the names of files or folders, if these say train and valid, val, dev or test. Else
+Split: by the names of files or folders, if most say train, or valid, val, dev or test. Else
 documents chosen by numpy.random.default_rng(2357), until val.bin has `val_fraction` of the
 characters: of the last document, unless it is small, only its last characters.
 Tokens: an end-of-text token after each document, or a newline if the tokenizer has none.
