@@ -69,12 +69,13 @@ def find_files(source, suffixes, prefix=''):
     else:
         candidates = _files_below(source)
     found = [path for path in candidates if path.suffix.lower() in suffixes and path.is_file()]
-    skipped = Counter(path.suffix or 'without a suffix' for path in set(candidates) - set(found))
-    listing = ', '.join(f'{number:,} {suffix}' for suffix, number in skipped.most_common(10))
+    skipped = Counter(path.suffix for path in set(candidates) - set(found)).most_common(10)
+    listing = ', '.join(f'{number:,} {suffix or "without a suffix"}' for suffix, number in skipped)
     if not found:
         patterns = ' or '.join(f'{prefix}*{suffix}' for suffix in suffixes)
+        others = ','.join(suffix for suffix, _ in skipped)
         raise UserError(f'{source}: no {patterns} in it, only: {listing or "nothing"}; '
-                        'data/custom/prepare.py reads other texts with --suffixes=.md,.py')
+                        f'data/custom/prepare.py reads other texts with --suffixes={others}')
     if skipped:
         print(f'skipped files: {listing}')
     return sorted(found)
@@ -93,19 +94,23 @@ def _files_below(source):
 
 
 SPLIT_NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val',
-               'validation': 'val', 'dev': 'val', 'test': 'test'}
+               'validation': 'val', 'dev': 'val', 'eval': 'val', 'evaluation': 'val',
+               'holdout': 'val', 'heldout': 'val', 'test': 'test'}
 
 
 def group_by_split(paths, source):
     """
     {'train', 'val' or 'test': paths}, by the first such word in the path of each file in `source`.
-    Words count if one says train and another val or test; files without one are for training.
+    Words count if one says train, another val or test, and most files have one; files without one
+    are for training.
     """
     named = {path: _split_in_name(path.relative_to(source)) for path in paths}
     splits = set(named.values()) - {None}
-    if 'train' not in splits or len(splits) == 1:
+    has_few_others = list(named.values()).count(None) < len(paths) / 2
+    if 'train' not in splits or len(splits) == 1 or not has_few_others:
         if splits - {'train'}:
-            print('NOTE: no name of a file says train, so names that say val or test do not count')
+            print('NOTE: names of files that say val or test do not count, because none says train '
+                  'or most say nothing')
         return {'train': paths}
     groups = {split: [] for split in ('train', 'val', 'test') if split in splits}
     for path in paths:
@@ -116,8 +121,11 @@ def group_by_split(paths, source):
 
 
 def _split_in_name(path):
-    words = re.findall('[a-z]+', path.as_posix().lower())
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
+    if path.suffix.lower() == '.py':
+        path = path.parent  # train.py trains, and test_train.py tests that
+    words = re.findall('[A-Z]?[a-z]+|[A-Z]+(?![a-z])', path.as_posix())  # of camel case too
+    names = [SPLIT_NAMES.get(word.lower()) for word in words]
+    return next(filter(None, names), None)
 
 # -----------------------------------------------------------------------------
 # documents
@@ -166,7 +174,8 @@ def _text_of(row, key):
                              'another one with --key=NAME')
         text = row[key]
     if not isinstance(text, str):
-        raise ValueError(f'{text!r:.50} is not a text')
+        raise ValueError(f'{text!r:.50} is not a text; remove that row, or read another key with '
+                         '--key=NAME of data/custom/prepare.py')
     text.encode()  # raises if the text holds half of a surrogate pair
     return text
 
@@ -188,13 +197,21 @@ def _json_rows(path, key):
         file.seek(0)
         for line in file:
             if line.strip():
-                yield json.loads(line)
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f'{error}; write each row on a line, or all as a list alone '
+                                     'in a .json file') from None
+                yield row
 
 
 def _csv_rows(path, key):
     csv.field_size_limit(2**31 - 1)
-    delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
+    delimiters = '\t' if path.suffix.lower() == '.tsv' else ',;\t'
     with open(path, newline='', encoding='utf-8-sig') as file:
+        header = file.readline()
+        file.seek(0)
+        delimiter = next((mark for mark in delimiters if mark in header), delimiters[0])
         for row in csv.DictReader(file, delimiter=delimiter, strict=True):
             if None in row:  # the key of the fields that have no name
                 raise ValueError('it has more fields than the header; quote texts with a delimiter')

@@ -282,6 +282,13 @@ def test_custom_files_by_split(tmp_path, prepare, gpt2, tokenizer, end):
         texts['train'])
     (source / 'dev.txt').write_text('cat ' * 20)
     out = prepare('custom', source='source', name=tmp_path / 'bins', tokenizer='char')
+    assert 'NOTE' not in out
+
+
+@pytest.mark.usefixtures('gpt2')
+def test_custom_notes_another_share(tmp_path, prepare):
+    (tmp_path / 'a.txt').write_text('the cat ' * 900 + '\u4e00' * 800)
+    out = prepare('custom', source='a.txt', name=tmp_path / 'bins')
     assert 'NOTE: val.bin has ' in out
 
 
@@ -324,8 +331,20 @@ def test_custom_end_of_text_in_a_text(tmp_path, prepare, gpt2):
     (tmp_path / 'a.txt').write_text(stories)
     prepare('custom', source='a.txt', name=tmp_path / 'bins')
     ids = read(tmp_path / 'bins', 'train') + read(tmp_path / 'bins', 'val')
-    assert ids.count(50256) >= 39
+    assert ids.count(50256) == 40
     assert gpt2.decode(ids) == stories
+
+
+@pytest.mark.parametrize('position', range(1, 14))
+def test_custom_cut_in_a_special_token(tmp_path, prepare, gpt2, position):
+    """ It moves behind the token's name; a cut beside the name stays. """
+    before = 'a' * (500 - position)
+    (tmp_path / 'a.txt').write_text(before + '<|endoftext|>' + 'b' * (487 + position))
+    prepare('custom', source='a.txt', name=tmp_path / 'bins', val_fraction=0.5)
+    train = read(tmp_path / 'bins', 'train')
+    val = read(tmp_path / 'bins', 'val')
+    assert train[-1] == 50256
+    assert gpt2.decode(train + val) == (tmp_path / 'a.txt').read_text() + '<|endoftext|>'
 
 
 def test_custom_suffixes_and_key(tmp_path, prepare):
@@ -339,6 +358,10 @@ def test_custom_suffixes_and_key(tmp_path, prepare):
                       tokenizer='char')
         assert 'skipped files: 1 .txt' in out
         assert '2 files, 2 documents, 62 characters' in out
+    (source / 'c').write_text('y')
+    out = prepare('custom', '--suffixes=.md,', source='source', name=tmp_path / 'bins',
+                  tokenizer='char')
+    assert '2 files, 2 documents, 9 characters' in out
     (tmp_path / 'a.csv').write_text('id,content\n1,cat\n2,mat\n')
     out = prepare('custom', source='a.csv', key='content', name=tmp_path / 'bins', tokenizer='char')
     assert '1 files, 2 documents, 6 characters' in out
@@ -383,7 +406,7 @@ def test_custom_vocabulary_of_a_model(clone, tmp_path, prepare, gpt2, tokenizer)
     pytest.param(dict(name='shakespeare'), 'choose another --name', id='name taken'),
     pytest.param(dict(name=''), "name=''", id='empty name'),
     pytest.param(dict(name='../x'), "name='../x'", id='name outside of data'),
-    pytest.param(dict(source='clone/config'), r'no \*.txt or \*.jsonl.* \.py, .*--suffixes=',
+    pytest.param(dict(source='clone/config'), r'no \*.txt or \*.jsonl.* \.py, .*--suffixes=.*\.py',
                  id='no file'),
     pytest.param(dict(source='a.json', key='b'), "no key 'b', only 'content'.*--key=", id='key'),
     pytest.param(dict(tokenizer='good.txt'), 'good.txt is not a .*checkpoint', id='no checkpoint'),

@@ -126,7 +126,11 @@ def test_find_files_lists_what_it_skips(folder, capsys):
     ('train.txt contest.txt devices.txt train_valid.txt', '', ''),
     ('val.txt test.txt', '', ''),
     ('train.txt readme.txt', 'valid.txt', ''),
-    ('train.py b.py', '', 'test_a.py test_b.py'),
+    ('trainData.txt', 'valData.txt', 'TESTData.txt'),
+    ('train.txt', 'eval.txt evaluation.txt holdout.txt heldout.txt', ''),
+    ('train.py b.py test_a.py test_b.py', '', ''),
+    ('train/a.py', '', 'test/train.py'),
+    ('train.txt a.txt b.txt test.txt', '', ''),
     ('train.py training/c.py', '', ''),
 ])
 def test_group_by_split(tmp_path, train, val, test):
@@ -141,7 +145,7 @@ def test_group_by_split(tmp_path, train, val, test):
 
 @pytest.mark.parametrize('source, suffixes, prefix, message', [
     ('.', ('.txt',), 'c', r'no c\*\.txt'),
-    ('d.md', ('.jsonl', '.parquet'), '', r'd\.md: no \*\.jsonl or \*\.parquet'),
+    ('d.md', ('.jsonl', '.parquet'), '', r'd\.md: no \*\.jsonl or \*\.parquet.*--suffixes=\.md$'),
     ('nowhere', ('.txt',), '', 'nowhere does not exist'),
 ])
 def test_find_files_refuses(folder, source, suffixes, prefix, message):
@@ -172,6 +176,8 @@ def test_read_rows(tmp_path):
     ('a.ndjson', b'{"n": 1, "body": "one"}\n{"body": "t\\u00f6"}'),
     ('a.csv', b'\xef\xbb\xbfn,body\r\n1,one\r\n2,"t\xc3\xb6"\r\n'),
     ('a.TSV', b'body\tn\none\t1\nt\xc3\xb6\t2\n'),
+    ('a.csv', b'\xef\xbb\xbfn;body\r\n"1,5";one\r\n2;"t\xc3\xb6"\r\n'),
+    ('a.csv', b'body\tn\none\t1\nt\xc3\xb6\t2\n'),
 ])
 def test_read_rows_with_a_key(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -234,9 +240,13 @@ def test_pieces_of_long_text_have_the_same_tokens(tmp_path, monkeypatch, gpt2, t
     pytest.param('a.json', b'["a", {"b": "c", "d": 1}]',
                  "row 2: no key 'text', only 'b', 'd'; .* --key=", id='other key'),
     pytest.param('a.json', b'[ "a", ', 'row 1: Expecting', id='cut off list'),
-    pytest.param('a.json', b'{\n "text": "a"\n}', 'row 1: Expecting', id='several lines'),
-    pytest.param('a.csv', b'id;text\n1;a\n', "row 1: no key .*'id;text'", id='semicolons'),
-    pytest.param('a.csv', b'id,text\n1\n', 'row 1: None is not a text', id='short line'),
+    pytest.param('a.json', b'{\n "data": [\n  {"text": "a"}\n ]\n}',
+                 'row 1: Expecting.*; write each row on a line, or all as a list', id='indented'),
+    pytest.param('a.jsonl', b'{"text": "a"}\n{"text": null}\n',
+                 'row 2: None is not a text; remove that row', id='null in jsonl'),
+    pytest.param('a.csv', b'id,text\n1\n', 'row 1: None is not a text; remove', id='short line'),
+    pytest.param('a.csv', 'text\na\n'.encode('utf-16'), 'line 1: not in UTF-8; save it as UTF-8',
+                 id='csv in UTF-16'),
     pytest.param('a.csv', b'text\na, b\n', 'row 1: it has more fields', id='no quotes'),
     pytest.param('a.csv', b'text\na\n"b\nc\n', 'row 2: unexpected end', id='quote not closed'),
     pytest.param('a.tsv', b'text\n\xe9\n', 'line 2: not in UTF', id='tsv in latin-1'),

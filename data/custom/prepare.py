@@ -3,7 +3,7 @@ Your own text: python data/custom/prepare.py --source=notes/ --name=notes
 
 Source: .txt files, each a document; .jsonl, .json, .csv, .tsv and .parquet files, a document in
 each row's `text`; sorted by path. In a folder, files that end in one of `suffixes`.
-Split: by the names of files or folders, if these say train and valid, val, dev or test. Else
+Split: by the names of files or folders, if most say train, or valid, val, dev or test. Else
 documents chosen by numpy.random.default_rng(2357), until val.bin has `val_fraction` of the
 characters: of the last document, unless it is small, only its last characters.
 Tokens: an end-of-text token after each document, or a newline if the tokenizer has none.
@@ -39,7 +39,8 @@ from components.tokenizer import (  # noqa: E402
 # -----------------------------------------------------------------------------
 source = ''         # a file or a folder
 name = 'custom'     # the bins are written to data/<name>/
-suffixes = '.txt,.jsonl,.parquet'  # of the files in a folder that are read, such as .md,.py
+suffixes = '.txt,.jsonl,.parquet'  # of the files in a folder that are read, such as .md,.py;
+                    # an empty one is that of files without a suffix
 key = 'text'        # of the text in a row of .jsonl, .json, .csv, .tsv and .parquet files
 tokenizer = 'gpt2'  # 'gpt2'; 'char' for a token per character; a Hugging Face directory; or, for
                     # the vocabulary of a trained model, its checkpoint, its out_dir or its dataset
@@ -129,10 +130,11 @@ def choose_train_sizes(sizes):
     return train_sizes
 
 
-def take(paths, starts, stops):
+def take(paths, starts, stops, name):
     """
-    A stream of the characters from start to stop of each document. The part of a document ends as
-    a document does, unless it is the beginning of the only one.
+    A stream of the characters from start to stop of each document, where neither divides the `name`
+    of a special token. The part of a document ends as a document does, unless it is the beginning
+    of the only one.
     """
     number = 0    # of the document
     position = 0  # in the document
@@ -140,13 +142,22 @@ def take(paths, starts, stops):
         start = starts[number]
         stop = stops[number]
         if text is not END_OF_DOCUMENT:
-            yield text[max(0, start - position):max(0, stop - position)]
+            first = end_of_name(text, start - position, name)
+            yield text[max(0, first):max(0, end_of_name(text, stop - position, name))]
             position += len(text)
         else:
             if start < stop and (stop == position or len(stops) > 1):
                 yield END_OF_DOCUMENT
             number += 1
             position = 0
+
+
+def end_of_name(text, cut, name):
+    """ `cut`, or the end of the `name` that it divides in `text`. """
+    found = text.find(name, max(0, cut - len(name) + 1), max(0, cut + len(name) - 1))
+    if found == -1:
+        return cut
+    return found + len(name)
 
 
 def end_with_newline(texts):
@@ -167,11 +178,14 @@ def command(config, block_size, longest, *flags):
                        f'--block_size={min(block_size, longest)}', *flags])
 
 
-def print_next_commands(is_char, num_tokens, context):
-    """ Prints commands of train.py, with a block_size that the splits and the model allow. """
-    share = num_tokens['val'] / sum(num_tokens.values())
+def note_share(num_tokens):
+    share = num_tokens['val'] / (num_tokens['train'] + num_tokens['val'])
     if abs(share - val_fraction) > val_fraction / 2:
         print(f'NOTE: val.bin has {share:.2%} of the tokens, and val_fraction={val_fraction}')
+
+
+def print_next_commands(is_char, num_tokens, context):
+    """ Prints commands of train.py, with a block_size that the splits and the model allow. """
     longest = max(1, min(num_tokens.values()) - 1)  # a window is a token longer than block_size
     train = ('config/train_wikitext2_fast.py', 128)  # and its block_size
     finetune = ('config/finetune_shakespeare.py', 1024)
@@ -192,7 +206,7 @@ if __name__ == '__main__':
     with one_line_errors():
         check_settings(folder)
         path = Path(source).expanduser()
-        wanted = ['.' + suffix.strip(' *.').lower() for suffix in suffixes.split(',')]
+        wanted = [f'.{suffix.strip(" *.").lower()}'.rstrip('.') for suffix in suffixes.split(',')]
         paths = [path] if path.is_file() else find_files(path, wanted)
         groups = group_by_split(paths, path)
     for line in config_overrides:  # noqa: F821
@@ -215,8 +229,10 @@ if __name__ == '__main__':
         splits = {split: read_files(groups[split], key) for split in groups}
         if 'val' not in groups:
             train_sizes = choose_train_sizes(sizes['train'])
-            splits['train'] = take(groups['train'], np.zeros_like(train_sizes), train_sizes)
-            splits['val'] = take(groups['train'], train_sizes, sizes['train'])
+            zeros = np.zeros_like(train_sizes)
+            end = '' if encoder.end_of_text is None else encoder.decode([encoder.end_of_text])
+            splits['train'] = take(groups['train'], zeros, train_sizes, end)
+            splits['val'] = take(groups['train'], train_sizes, sizes['train'], end)
         if has_marks and encoder.end_of_text is None:
             if has_token(encoder.encode, '\n'):
                 print(f'{tokenizer} has no end-of-text token; each document ends with a newline')
@@ -226,4 +242,6 @@ if __name__ == '__main__':
                       'where a document ends')
         num_characters = sum(map(sum, sizes.values()))
         num_tokens = write_bins(folder, splits, spec, num_characters, special=True)
+        if 'val' not in groups:
+            note_share(num_tokens)
         print_next_commands(is_char, num_tokens, context)
