@@ -98,8 +98,15 @@ def limit_file_size():
     def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size or largest, largest))
 
-    yield limit
-    limit(None)
+    return limit
+
+
+def pytest_runtest_makereport():
+    """ Ends the limit of limit_file_size before pytest writes the result, perhaps into a file. """
+    if os.name == 'posix':
+        import resource
+        _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
 
 @pytest.fixture

@@ -515,11 +515,22 @@ def test_custom_printed_commands(tmp_path, prepare, settings, num_commands):
 
 
 def kill_workers(process):
-    """ As the system does where memory runs out. """
+    """
+    As the system does where memory runs out. They begin to work: Python would wait forever for the
+    rest of a result that a worker was sending.
+    """
     command = ['pgrep', '-P', str(process.pid), '-f', 'spawn_main']
-    workers = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
+    workers = []
+    while not workers:
+        assert process.poll() is None
+        workers = subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout.split()
+    time.sleep(0.2)
     for pid in workers:
         os.kill(int(pid), signal.SIGKILL)
+
+
+def has_content(path):
+    return path.exists() and path.stat().st_size > 0
 
 
 def press_ctrl_c(process):
@@ -546,7 +557,7 @@ def test_interrupted_preparation(tmp_path, interrupt, code, message):
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # shells may ignore it
     temporary = folder / 'train.bin.tmp'
-    while not temporary.exists() or temporary.stat().st_size == 0:  # the first batch
+    while interrupt is not kill_workers and not has_content(temporary):  # the first batch
         assert process.poll() is None
         time.sleep(0.01)
     interrupt(process)
